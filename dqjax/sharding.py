@@ -16,17 +16,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 
-MESH_AXES = ("slice", "data", "fsdp", "tensor", "context")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
 
 DEFAULT_TABLE: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("slice", "data", "fsdp"),
-    "length": ("context",),
+    "length": (),
     # parameters; `embed` is the model dimension of a weight, `table` that of the embedding and output tables, which
-    # stays whole: split over fsdp, XLA rematerialises the table fully at the gather.
+    # stays whole: split over fsdp, XLA rematerialises the table fully at the gather. The tables are stored split over
+    # fsdp by their rows instead (`vocab`) and gathered for use (`vocab_in_use`).
     "embed": ("fsdp",),
     "table": (),
     "vocab": ("tensor", "fsdp"),
+    "vocab_in_use": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -101,7 +103,7 @@ class Rules:
 
 
 def make_mesh(
-    *, slice: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Sequence[Any] | None = None
+    *, slice: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh over `MESH_AXES` with Auto axis types (the Explicit default of jax refuses the embedding gather).
 
@@ -111,7 +113,7 @@ def make_mesh(
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [slice, data, fsdp, tensor, context]
+    sizes = [slice, data, fsdp, tensor]
     if sizes.count(-1) > 1:
         raise ValueError(f"mesh: at most one axis may be -1, got {dict(zip(MESH_AXES, sizes))}")
     if -1 in sizes:

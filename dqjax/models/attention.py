@@ -1,0 +1,132 @@
+"""Self-attention of a decoder layer: projections, per-head norms, RoPE, and the kernels of `dqjax.kernels`."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from dqjax.kernels.attention import api as attention_kernel
+from dqjax.kernels.decode_attention import api as decode_kernel
+from dqjax.models.cache import write
+from dqjax.models.config import ModelConfig
+from dqjax.models.layers import Linear, RMSNorm, rotate
+from dqjax.sharding import Rules
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares: computed once, broadcast through the layer scan."""
+
+    cos: Float[Array, "B T h"]
+    sin: Float[Array, "B T h"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    lengths: Int[Array, "B"] | None = None  # with a cache: slots in use, the new tokens included
+    plan: Any = None  # the attention kernel's block plan
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; with `cache` (keys, values), the new entries are written and the cache attended to."""
+
+    config: ModelConfig
+    rules: Rules
+    dtype: jnp.dtype
+    backend: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: tuple[Array, Array] | None = None
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        c = self.config
+        d, n, k, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        bias = 2 if c.attention_bias else 0
+        q = Linear("BTD,DNH->BTNH", (d, n, h), ("embed", "heads", "head_dim"), self.dtype, bias, name="q")(x)
+        key = Linear("BTD,DKH->BTKH", (d, k, h), ("embed", "kv_heads", "head_dim"), self.dtype, bias, name="k")(x)
+        value = Linear("BTD,DKH->BTKH", (d, k, h), ("embed", "kv_heads", "head_dim"), self.dtype, bias, name="v")(x)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, self.dtype, "head_dim", name="q_norm")(q)
+            key = RMSNorm(c.norm_eps, self.dtype, "head_dim", name="k_norm")(key)
+        q, key = rotate(q, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        if cache is None:
+            out = _packed(q, key, value, context, self.rules, self.backend)
+        else:
+            valid = context.segment_ids > 0
+            cache = (
+                write(cache[0], key, context.positions, valid),
+                write(cache[1], value, context.positions, valid),
+            )
+            out = _cached(q, *cache, context, self.rules, self.backend)
+        return Linear("BTNH,NHD->BTD", (n, h, d), ("heads", "head_dim", "embed"), self.dtype, name="o")(out), cache
+
+
+def _packed(q, k, v, context: Context, rules: Rules, backend: str | None) -> Float[Array, "B T N H"]:
+    """Attention within each segment of a packed row."""
+
+    def local(q, k, v, segment_ids, positions, plan):
+        return attention_kernel.attention(
+            q, k, v, q_segment_ids=segment_ids, q_positions=positions, causal=True, backend=backend, plan=plan
+        )
+
+    return _per_shard(local, rules, q, k, v, (context.segment_ids, context.positions, context.plan))
+
+
+def _cached(q, keys, values, context: Context, rules: Rules, backend: str | None) -> Float[Array, "B T N H"]:
+    """Attention of the T new tokens to everything cached, themselves included."""
+    slots = keys.shape[1]
+
+    def prefill(q, k, v, segment_ids, positions, lengths):
+        kv_positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (q.shape[0], slots))
+        return attention_kernel.attention(
+            q,
+            k,
+            v,
+            q_segment_ids=(segment_ids > 0).astype(jnp.int32),
+            kv_segment_ids=(kv_positions < lengths[:, None]).astype(jnp.int32),
+            q_positions=positions,
+            kv_positions=kv_positions,
+            causal=True,
+            backend=backend,
+        )
+
+    def decode(q, k, v, segment_ids, positions, lengths):
+        return decode_kernel.decode_attention(q[:, 0], k, v, lengths)[:, None]
+
+    local = decode if q.shape[1] == 1 else prefill
+    return _per_shard(local, rules, q, keys, values, (context.segment_ids, context.positions, context.lengths))
+
+
+def _per_shard(local: Any, rules: Rules, q: Array, k: Array, v: Array, per_row: tuple) -> Array:
+    """Runs `local(q, k, v, *per_row)` on each device's rows and heads, since a kernel is opaque to the partitioner.
+
+    Query heads stay with their key-value head. Where the key-value heads do not divide over the tensor axis they are whole
+    on every device, and a device takes the one head its query heads belong to; if they belong to several, heads are not
+    split at all.
+    """
+    if rules.mesh.size == 1:
+        return local(q, k, v, *per_row)
+    q_spec = rules.spec(("batch", None, "heads", None), q.shape)
+    kv_spec = rules.spec(("batch", None, "kv_heads", None), k.shape)
+    row_spec = PartitionSpec(q_spec[0])
+    pick = None
+    if q_spec[2] is not None and kv_spec[2] is None:
+        group, mine = q.shape[2] // k.shape[2], q.shape[2] // rules.mesh.shape[q_spec[2]]
+        if group % mine:
+            q_spec = PartitionSpec(q_spec[0], None, None, None)
+        else:
+            axis = q_spec[2]
+            pick = lambda x: jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * mine // group, 1, 2)  # noqa: E731
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=rules.mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, *jax.tree.map(lambda _: row_spec, per_row)),
+        out_specs=q_spec,
+        check_vma=False,
+    )
+    def run(q, k, v, *per_row):
+        return local(q, k if pick is None else pick(k), v if pick is None else pick(v), *per_row)
+
+    return run(q, k, v, *per_row)
