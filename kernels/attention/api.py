@@ -1,0 +1,148 @@
+"""Attention over packed rows: `attention`, and `make_plan` for the block ranges that all layers share."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
+from dqjax.kernels.attention.plan import Plan, build_plan
+from dqjax.kernels.attention.reference import reference_attention
+from dqjax.kernels.attention.shapes import check_shapes, check_variant, complete_tokens
+from dqjax.kernels.attention.vjp import Kernel, attend
+from dqjax.kernels.attention.xla import XLA
+from dqjax.kernels.varying import vary, varying_axes
+
+log = logging.getLogger(__name__)
+
+KERNELS: dict[str, Kernel] = {"xla": XLA}
+BACKENDS = ("reference", *KERNELS)
+
+__all__ = ["BACKENDS", "MASKED", "Plan", "attention", "make_plan"]
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_segment_ids: Int[Array, "B T"] | None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    kv_positions: Int[Array, "B S"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    plan: Plan | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """softmax(scale · q kᵀ) v over the keys that each query sees.
+
+    Query t sees key s iff their segment ids are equal and not 0, and, where `causal`, q_positions[t] >= kv_positions[s],
+    and, with a window, q_positions[t] - kv_positions[s] < window (|difference| < window if not causal).
+
+    Args:
+      q, k, v: one floating dtype; query head n reads key-value head n // (N / K). Products accumulate and the softmax
+        runs in float32 at least.
+      q_segment_ids: the document of each token, 0 for padding; None is one document a row without padding. Ids that
+        come in order along the row let whole blocks be skipped.
+      kv_segment_ids: likewise for the keys; None repeats the queries' (T == S).
+      q_positions, kv_positions: None counts along the row. For packed rows leave them out: inside a document the order
+        is that of the row, and blocks are skipped more tightly than with positions that restart.
+      causal, window, softcap: see `mask.Variant`.
+      scale: None is 1/√H.
+      backend: "reference", "xla"; None takes the best for the device.
+      plan: `make_plan` of the same tokens and mask; None makes one here.
+      return_lse: also return lse, which is differentiable.
+
+    Returns:
+      The output in q's dtype, exactly 0 where a query sees nothing; and lse [B, T, N] in float32, log Σ exp(logits),
+      finite (`MASKED`) where a query sees nothing. Padding gets no gradient and gives none, whatever it holds.
+
+    Raises:
+      ValueError: shapes, an option or a plan that do not fit.
+      NotImplementedError: `backend` cannot do what is asked.
+    """
+    check_shapes(q, k, v)
+    check_variant(window, softcap)
+    (B, T, _, H), S = q.shape, k.shape[1]
+    tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
+    variant = Variant(causal, window, softcap, H**-0.5 if scale is None else scale)
+    backend = _default_backend(jax.default_backend()) if backend is None else backend
+    if q_segment_ids is not None:
+        # Padding may hold anything; a NaN there would pass through 0 · NaN in the products and their gradients.
+        q = _zero_padding(q, tokens.q_segment_ids)
+        k, v = (_zero_padding(x, tokens.kv_segment_ids) for x in (k, v))
+    if backend == "reference":
+        out, lse = reference_attention(q, k, v, tokens, variant)
+    elif backend in KERNELS:
+        plan = _plan(tokens, causal, window, None) if plan is None else _checked(plan, T, S, causal, window)
+        arrays = q, k, v, tokens, plan
+        out, lse = attend(KERNELS[backend], variant, *vary(arrays, varying_axes(arrays)))
+    else:
+        raise ValueError(f"attention: unknown backend {backend!r}; there are {BACKENDS}")
+    if q_segment_ids is not None:
+        out = _zero_padding(out, tokens.q_segment_ids)
+        lse = jnp.where(tokens.q_segment_ids[..., None] != 0, lse, MASKED)
+    return (out, lse) if return_lse else out
+
+
+def make_plan(
+    q_segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    *,
+    q_positions: Int[Array, "B T"] | None = None,
+    kv_positions: Int[Array, "B S"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    blocks: tuple[int, int] | None = None,
+) -> Plan:
+    """The block ranges of a batch: make it once a step and pass it to `attention` in every layer.
+
+    Args:
+      q_segment_ids, kv_segment_ids, q_positions, kv_positions, causal, window: as `attention` will get them.
+      blocks: tokens in a block of queries and in one of keys; None leaves the choice to the lengths.
+
+    Returns:
+      A pytree whose arrays lead with B, for forward and backward alike; shard it like the batch.
+
+    Raises:
+      ValueError: shapes or options that do not fit.
+    """
+    check_variant(window, None)
+    B, T = q_segment_ids.shape
+    S = T if kv_segment_ids is None else kv_segment_ids.shape[1]
+    tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
+    return _plan(tokens, causal, window, blocks)
+
+
+def _plan(tokens: Tokens, causal: bool, window: int | None, blocks: tuple[int, int] | None) -> Plan:
+    lengths = tokens.q_segment_ids.shape[1], tokens.kv_segment_ids.shape[1]
+    block_q, block_kv = blocks or (min(512, length) for length in lengths)
+    return build_plan(tokens, causal=causal, window=window, block_q=block_q, block_kv=block_kv)
+
+
+def _checked(plan: Plan, length_q: int, length_kv: int, causal: bool, window: int | None) -> Plan:
+    """`plan`, or ValueError where it was made for another mask: it would skip blocks that are visible here."""
+    made_for = plan.length_q, plan.length_kv, plan.causal, plan.window
+    if made_for != (length_q, length_kv, causal, window):
+        raise ValueError(
+            "attention: the plan was made for (T, S, causal, window) = "
+            f"{made_for}, the call has {(length_q, length_kv, causal, window)}; make one for this mask"
+        )
+    return plan
+
+
+def _zero_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    return jnp.where(segment_ids[..., None, None] != 0, x, 0)
+
+
+@functools.cache
+def _default_backend(platform: str) -> str:
+    backend = "xla"
+    log.info("attention: backend %r on %s", backend, platform)
+    return backend

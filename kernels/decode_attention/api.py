@@ -1,0 +1,73 @@
+"""Attention of one new query a sequence against a cache of keys and values."""
+
+import functools
+import logging
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dqjax.kernels.decode_attention.reference import reference_decode_attention
+from dqjax.kernels.decode_attention.xla import xla_decode_attention
+
+log = logging.getLogger(__name__)
+
+BACKENDS = {"reference": reference_decode_attention, "xla": xla_decode_attention}
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    k_cache: Float[Array, "B S K H"],
+    v_cache: Float[Array, "B S K H"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    backend: str | None = None,
+) -> Float[Array, "B N H"]:
+    """softmax(scale · q kᵀ) v of one query a sequence over its cached keys.
+
+    Sequence b has `lengths[b]` keys in slots 0 … lengths[b] - 1, the query's own among them: write it before the call::
+
+        slot      0 1 2 3 4 5 6 7
+        lengths 5 # # # # # . . .
+        window 3  . . # # # . . .
+
+    Args:
+      q: query head n reads key-value head n // (N / K).
+      k_cache, v_cache: slots past the length may hold old keys, but nothing that is not finite.
+      lengths: 0 … S; a sequence of length 0 gets output 0.
+      scale: None is 1/√H.
+      softcap: logits become softcap · tanh(logits / softcap).
+      window: number of latest keys that are seen; None is all.
+      backend: "reference", "xla"; None takes the best for the device.
+
+    Returns:
+      The output in q's dtype. Not meant to be differentiated.
+
+    Raises:
+      ValueError: shapes or options that do not fit.
+      NotImplementedError: `backend` cannot do what is asked.
+    """
+    (B, N, H), (_, _, K, _) = q.shape, k_cache.shape
+    if k_cache.shape != v_cache.shape or k_cache.shape[0] != B or k_cache.shape[3] != H or N % K:
+        raise ValueError(
+            "decode_attention: expected q [B,N,H] and caches [B,S,K,H] with K dividing N, got "
+            f"{q.shape}, {k_cache.shape} and {v_cache.shape}"
+        )
+    if lengths.shape != (B,):
+        raise ValueError(f"decode_attention: lengths must be [{B}], got {lengths.shape}")
+    if window is not None and window < 1:
+        raise ValueError(f"decode_attention: window counts the query's own key, so it is at least 1; got {window}")
+    backend = _default_backend(jax.default_backend()) if backend is None else backend
+    if backend not in BACKENDS:
+        raise ValueError(f"decode_attention: unknown backend {backend!r}; there are {tuple(BACKENDS)}")
+    scale = H**-0.5 if scale is None else scale
+    return BACKENDS[backend](q, k_cache, v_cache, lengths, scale=scale, softcap=softcap, window=window)
+
+
+@functools.cache
+def _default_backend(platform: str) -> str:
+    backend = "xla"
+    log.info("decode_attention: backend %r on %s", backend, platform)
+    return backend
