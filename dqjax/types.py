@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Params = Mapping[str, Any]
 """A nested dict of arrays, as a model's `init` returns it; per-layer arrays are stacked on a leading axis L."""
@@ -65,3 +65,33 @@ def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
         return Mean(x.total + y.total, x.count + y.count)
 
     return {**a, **b, **{name: join(a[name], b[name]) for name in a.keys() & b.keys()}}
+
+
+class LanguageModel(Protocol):
+    """What losses and rollouts need of a model: pure functions of its parameters (`models.Decoder` is one)."""
+
+    def apply(self, params: Params, tokens: Array, positions: Array, segment_ids: Array, cache: Any = None) -> tuple[Array, Any]:
+        """Final hidden states `[B, T, D]` and the cache, if one was given."""
+
+    def output_table(self, params: Params) -> Array:
+        """The table `[V, D]` whose product with a hidden state gives the logits."""
+
+
+class Loss(Protocol):
+    """A training objective: a weighted sum over one micro-batch, and metrics that add up over micro-batches."""
+
+    def __call__(self, params: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]: ...
+
+
+class Source(Protocol):
+    """Where batches come from. `next` gets the current parameters, since a rollout samples from them.
+
+    The whole state is what `get_state` returns (JSON values); after `set_state` the same batches follow, on any number of
+    hosts. `next` raises `StopIteration` at the end.
+    """
+
+    def next(self, state: Any, frozen: Any) -> Batch: ...
+
+    def get_state(self) -> dict: ...
+
+    def set_state(self, state: dict) -> None: ...
