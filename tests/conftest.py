@@ -1,0 +1,15 @@
+"""Eight simulated devices on the CPU for every test; must run before jax is imported."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes in signatures are checked in the tests only.
+install_import_hook(["dqjax.kernels", "dqjax.losses", "dqjax.steps", "dqjax.models", "dqjax.rollout"], "beartype.beartype").install()
