@@ -12,4 +12,4 @@ if "xla_force_host_platform_device_count" not in flags:
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes in signatures are checked in the tests only.
-install_import_hook(["dqjax.kernels", "dqjax.losses", "dqjax.steps", "dqjax.models", "dqjax.rollout"], "beartype.beartype").install()
+install_import_hook(["dqjax.kernels", "dqjax.losses", "dqjax.steps", "dqjax.models", "dqjax.rollout"], "beartype.beartype")
