@@ -3,6 +3,7 @@
 Only safetensors are read: a pickle (`pytorch_model.bin`) can run code when it is opened.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -64,7 +65,7 @@ def stored_dtype(folder: str | os.PathLike) -> np.dtype:
 
 
 def save_params(
-    params: Params,
+    params: Params | Callable[[tuple[str, ...]], Any],
     config: ModelConfig,
     folder: str | os.PathLike,
     *,
@@ -77,30 +78,35 @@ def save_params(
     one are removed. On several hosts all must call; the first one writes.
 
     Args:
-      params: leaves are jax arrays (in any sharding) or anything numpy can index by layer and convert.
+      params: the tree, its leaves jax arrays in any sharding or numpy arrays; or a function from a path to its leaf, called
+        once a path, for parameters that are not all in memory.
       config: the model.
       folder: made if missing.
       dtype: bfloat16, float16 or float32.
       max_shard_bytes: a bound on a file's tensors; one file without an index if all fit.
     """
     folder, dtype = pathlib.Path(folder), jnp.dtype(dtype)
-    tensors = {name: (shape, entry, layer) for name, shape, entry, layer in stored_tensors(config)}
-    files = split_by_size(((n, t[0]) for n, t in tensors.items()), dtype.itemsize, max_shard_bytes)
-    names = [SINGLE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    leaf_of = params if callable(params) else functools.partial(_get, params)
+    shapes = [(name, shape) for name, shape, _, _ in stored_tensors(config)]
+    files = split_by_size(shapes, dtype.itemsize, max_shard_bytes)
+    count = len(files)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     writing = jax.process_index() == 0
-    if writing:
-        folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(tensors), desc="saving", unit="tensor", disable=None if writing else True) as bar:
-        for name, shapes in zip(names, files):
-            arrays = ((n, _fetch(params, *tensors[n][1:], config, dtype)) for n in shapes)
-            if not writing:
-                for _ in arrays:
-                    pass
-                continue
-            with Writer(folder / name, shapes, dtype) as out:
-                for tensor, array in arrays:
-                    out.write(tensor, array)
-                    bar.update()
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(shapes), desc="saving", unit="tensor", disable=None if writing else True))
+        writers: dict[str, Writer] = {}
+        if writing:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, tensors in zip(names, files):
+                writer = stack.enter_context(Writer(folder / name, tensors, dtype))
+                writers |= dict.fromkeys(tensors, writer)
+        for entry in entries(config):
+            leaf = leaf_of(entry.path)
+            for layer, name in enumerate(entry.stored_names):
+                array = _fetch(leaf, entry, layer, config, dtype)
+                if writing:
+                    writers[name].write(name, array)
+                bar.update()
     if writing:
         _finish(folder, names, files, dtype)
 
@@ -241,20 +247,19 @@ def _put_layer(sharding: Sharding) -> Callable[..., jax.Array]:
     return jax.jit(put, out_shardings=sharding, donate_argnums=0)
 
 
-def _fetch(params: Params, entry: Entry, layer: int | None, config: ModelConfig, dtype: np.dtype) -> np.ndarray:
+def _fetch(leaf: Any, entry: Entry, layer: int, config: ModelConfig, dtype: np.dtype) -> np.ndarray:
     """One tensor in its stored form on this host."""
-    leaf = _get(params, entry.path)
     if tuple(leaf.shape) != entry.shape_here(config):
         raise ValueError(
-            f"parameter {'.'.join(entry.path)} has shape {tuple(leaf.shape)}, the model's config asks for {entry.shape_here(config)}"
+            f"parameter {'.'.join(entry.path)} has shape {tuple(leaf.shape)}, config.json asks for {entry.shape_here(config)}"
         )
+    stacked = entry.layers is not None
     if isinstance(leaf, jax.Array):
         sharding = leaf.sharding
         whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
-        gathered = _take_layer(dtype, whole)(leaf, 0 if layer is None else layer, stacked=layer is not None)
-        array = np.asarray(gathered.addressable_data(0))
+        array = np.asarray(_take_layer(dtype, whole)(leaf, layer, stacked=stacked).addressable_data(0))
     else:
-        array = np.asarray(leaf if layer is None else leaf[layer]).astype(dtype, copy=False)
+        array = np.asarray(leaf[layer] if stacked else leaf).astype(dtype, copy=False)
     return entry.layout.restore(array, config)
 
 

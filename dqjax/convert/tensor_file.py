@@ -9,6 +9,7 @@ knows no bfloat16. The format (https://github.com/huggingface/safetensors#format
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pathlib
 import struct
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -102,38 +104,36 @@ def _corrupt(file: pathlib.Path, why: str) -> ValueError:
 
 
 class Writer:
-    """Writes a safetensors file tensor by tensor, in the order announced; it appears under its name when complete.
+    """Writes a safetensors file tensor by tensor, in any order; it appears under its name when complete.
 
         with Writer(file, {"a": (3, 4), "b": (5,)}, dtype) as w:
-            w.write("a", a)
             w.write("b", b)
+            w.write("a", a)
     """
 
     def __init__(self, file: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
-        self._file, self._dtype = file, np.dtype(dtype)
+        self._file, self._dtype, self._shapes = file, np.dtype(dtype), dict(shapes)
         self._temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        self._left = dict(shapes)
-        self._header = _header(shapes, self._dtype)
+        self._missing = set(shapes)
+        spans = _spans(shapes, self._dtype)
+        header = _header(shapes, spans, self._dtype)
+        self._offsets = {name: len(header) + begin for name, (begin, _) in spans.items()}
+        self._out = open(self._temporary, "wb")
+        self._out.write(header)
 
     def __enter__(self) -> "Writer":
-        self._out = open(self._temporary, "wb")
-        self._out.write(self._header)
         return self
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Appends the next tensor.
-
-        Raises:
-          ValueError: it is not the next one announced, or has another shape.
-        """
-        expected = next(iter(self._left.items()), None)
-        if (name, array.shape) != expected:
-            raise ValueError(f"{self._file}: expected (name, shape) {expected}, got {(name, array.shape)}")
-        del self._left[name]
+        """Puts a tensor in its place; raises ValueError unless its shape is the one announced."""
+        if array.shape != self._shapes[name]:
+            raise ValueError(f"{self._file}: expected {name} of shape {self._shapes[name]}, got {array.shape}")
+        self._out.seek(self._offsets[name])
         self._out.write(np.ascontiguousarray(array, self._dtype).reshape(-1).view(np.uint8).data)
+        self._missing.discard(name)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        complete = kind is None and not self._left
+        complete = kind is None and not self._missing
         if complete:
             self._out.flush()
             os.fsync(self._out.fileno())
@@ -143,18 +143,24 @@ class Writer:
             return
         self._temporary.unlink(missing_ok=True)
         if kind is None:
-            raise ValueError(f"{self._file}: {len(self._left)} announced tensors were not written")
+            raise ValueError(f"{self._file}: {sorted(self._missing)[0]} was announced and not written")
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+def _spans(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, tuple[int, int]]:
+    """(begin, end) of each tensor in the data."""
+    ends = list(itertools.accumulate(math.prod(shape) * dtype.itemsize for shape in shapes.values()))
+    return {name: (begin, end) for name, begin, end in zip(shapes, [0, *ends], ends)}
+
+
+def _header(
+    shapes: Mapping[str, tuple[int, ...]], spans: Mapping[str, tuple[int, int]], dtype: np.dtype
+) -> bytes:
     codes = {stored: code for code, stored in DTYPES.items()}
     if dtype not in codes:
-        raise ValueError(f"{dtype} cannot be written; expected one of {', '.join(str(d) for d in codes)}")
-    header, begin = {"__metadata__": {"format": "pt"}}, 0
+        raise ValueError(f"weights cannot be written as {dtype}; expected one of {', '.join(str(d) for d in codes)}")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, shape in shapes.items():
-        end = begin + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": list(spans[name])}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned, as mapped readers expect
     return struct.pack("<Q", len(text)) + text
