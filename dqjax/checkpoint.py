@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -165,7 +165,7 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             index, count, folder = jax.process_index(), jax.process_count(), self.path(step)
-            names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "manifest-" not in p.name)
+            names = sorted(str(p.relative_to(folder)) for p in _files(folder) if "manifest-" not in p.name)
             mine = {name: _fingerprint(folder / name) for i, name in enumerate(names) if i % count == index}
             manifest = {"parts": count, "score": score, "files": mine}
             path = folder / f"manifest-{index}-of-{count}.json"
@@ -185,6 +185,14 @@ class Checkpoints:
                 for manifest in self.path(step).glob("manifest-*"):  # first, so that a half-deleted step does not count
                     manifest.unlink()
                 self.path(step).rmtree()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():  # epath has no recursive glob
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 def _fingerprint(path: epath.Path) -> dict[str, Any]:
