@@ -1,0 +1,80 @@
+"""Worked chains for reasoning-gym's `chain_sum`, in three styles.
+
+`columns` works in digits, least significant first, so that a tiny model needs nothing it cannot look up in the line::
+
+    41 - 54 + 9 =
+
+    41 - 54: 54-41 -: 4-1-0=3 5-4-0=1 | -13        x-y, where x is the larger magnitude; then the sign of the result
+    -13 + 9: 13-9 -: 13-9-0=4 1-0-1=0 | -4         borrow: the ten joins the upper digit, the next column subtracts 1
+
+    line    = total op term ": " task " " sign ": " columns " | " result
+    task    = x "+" y   where the signed total and the signed term share their sign
+            | x "-" y   where they do not; x >= y
+    sign    = "+" | "-"  of the result ("+" for 0)
+    column  = d "+" d "+" carry "=" sum            a sum over 9 carries 1; the last column writes it out
+            | d "-" d "-" borrow "=" digit         d is 10..19 where this column borrows from the next
+
+The result is the last column's sum followed by the last digits of the others, from right to left, without leading zeros.
+
+`running` keeps the running totals alone (`41 - 54 = -13`), `answer` has no chain.
+"""
+
+import re
+from typing import Literal
+
+Style = Literal["columns", "running", "answer"]
+
+_EXPRESSION = re.compile(r"-?\d+(?: [+-] -?\d+)*")
+
+
+def write_chain(expression: str, answer: str, style: Style) -> str | None:
+    """The chain for an expression such as `41 - 54 + 9`; None for the style `answer`.
+
+    Args:
+      expression: terms joined by ` + ` and ` - `, as reasoning-gym's metadata has it.
+      answer: reasoning-gym's result, which the chain must reach.
+
+    Raises:
+      ValueError: not such an expression, or the chain ends elsewhere.
+    """
+    if not _EXPRESSION.fullmatch(expression):
+        raise ValueError(f"expected terms joined by ' + ' and ' - ', got {expression!r}")
+    first, *rest = expression.split(" ")
+    total, lines = int(first), []
+    for op, term in zip(rest[::2], map(int, rest[1::2])):
+        head = f"{total} {op} {term}"
+        signed = term if op == "+" else -term
+        if style == "columns":
+            work, result = _columns(total, signed)
+            lines.append(f"{head}: {work} | {result}")
+        else:
+            result = total + signed
+            lines.append(f"{head} = {result}")
+        total = result
+    if str(total) != answer:
+        raise ValueError(f"the chain for {expression!r} ends in {total}, reasoning-gym says {answer}")
+    return None if style == "answer" else "\n".join(lines)
+
+
+def _columns(a: int, b: int) -> tuple[str, int]:
+    """The work of a + b, and the result as it is read off the columns (never computed otherwise)."""
+    same_sign = (a < 0) == (b < 0) or not a or not b
+    x, y = (abs(a), abs(b)) if same_sign else sorted((abs(a), abs(b)), reverse=True)
+    negative = (a if abs(a) >= abs(b) else b) < 0 and (same_sign or x != y)
+    width, carry, columns, digits = max(len(str(x)), len(str(y))), 0, [], []
+    for i in range(width):
+        dx, dy = x // 10**i % 10, y // 10**i % 10
+        if same_sign:
+            value = dx + dy + carry
+            columns.append(f"{dx}+{dy}+{carry}={value}")
+            digits.append(value if i == width - 1 else value % 10)
+            carry = value // 10
+        else:
+            borrow = dx < dy + carry
+            value = dx + 10 * borrow - dy - carry
+            columns.append(f"{dx + 10 * borrow}-{dy}-{carry}={value}")
+            digits.append(value)
+            carry = int(borrow)
+    magnitude = int("".join(map(str, reversed(digits))))
+    task = f"{x}{'+' if same_sign else '-'}{y} {'-' if negative else '+'}"
+    return f"{task}: {' '.join(columns)}", -magnitude if negative else magnitude

@@ -1,0 +1,160 @@
+"""Problems and chains from several sources into files whose splits share no question.
+
+The sources are read twice and never held: first the hash of each normalised question, from which the held-out ones are
+drawn, then the rows, each written to the split of its question. So the chains of one problem always stay together.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from dqjax.config import ConfigError, Section, load
+from dqjax.data.chains import write_chain
+from dqjax.data.config import ColumnsConfig, SourceConfig
+from dqjax.data.documents import write_rejected
+from dqjax.data.records import Message, Record, question_key
+from dqjax.data.sources import Rejected, read_records
+
+HELP = "write problem and chain files from sources, with train, validation and test splits that share no question"
+EXAMPLE = "python -m dqjax.data collect --config configs/data/chain_sum.yaml"
+
+
+class CollectConfig(Section):
+    """The config of `python -m dqjax.data collect`.
+
+    out: folder for the files.
+    sources: as in a training config; `weight` and `share` have no effect here.
+    columns: column names for all sources.
+    test: problems to hold out into test.jsonl, as prompt and answer, without chains.
+    validation: problems to hold out into validation files, in the form of the training files.
+    train: problems in the training files at most; by default all that are left.
+    chain_styles: for `chain_sum` problems, one training and validation file for each of these styles.
+    seed: of the draw of held-out problems.
+    max_bad_share: the command fails when more of the rows than this are unusable.
+    """
+
+    out: str
+    sources: tuple[SourceConfig, ...] = pydantic.Field(min_length=1)
+    columns: ColumnsConfig = ColumnsConfig()
+    test: int = pydantic.Field(0, ge=0)
+    validation: int = pydantic.Field(0, ge=0)
+    train: int | None = pydantic.Field(None, ge=1)
+    chain_styles: tuple[Literal["columns", "running", "answer"], ...] = ()
+    seed: int = 0
+    max_bad_share: float = pydantic.Field(0.01, ge=0, le=1)
+
+    @pydantic.model_validator(mode="after")
+    def _styles_have_chains(self):
+        if self.chain_styles and any(s.task != "chain_sum" or s.chain for s in self.sources):
+            raise ValueError("chain_styles: every source must be the task chain_sum, without a chain of its own")
+        return self
+
+
+def collect(config: CollectConfig) -> dict[str, int]:
+    """Writes the files of a `CollectConfig` and returns what was counted: rows a file, duplicates, unusable rows.
+
+    Raises:
+      ConfigError: a source cannot be read, too many rows are bad, or there are fewer problems than asked for.
+    """
+    keys: list[int] = []
+    rejected: list[Rejected] = []
+    for item in _records(config):
+        rejected.append(item) if isinstance(item, Rejected) else keys.append(question_key(item))
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_rejected(rejected, len(keys) + len(rejected), max_share=config.max_bad_share, path=str(out / "rejected.jsonl"))
+    split_of = _draw_splits(np.unique(np.array(keys, np.int64)), config)
+    counts: Counter[str] = Counter(unusable=len(rejected))
+    seen: set[tuple[str, ...]] = set()
+    with _Files(out) as files:
+        for record in _records(config):
+            if isinstance(record, Rejected) or (split := split_of.get(question_key(record))) is None:
+                continue
+            if (said := tuple(m.content + (m.reasoning or "") for m in record.messages)) in seen:
+                counts["duplicates"] += 1
+                continue
+            seen.add(said)
+            for name, row in _rows(record, split, config.chain_styles):
+                files.write(name, row)
+    return dict(counts) | files.rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file with the keys of CollectConfig")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+
+
+def run(args: argparse.Namespace) -> None:
+    config = load(CollectConfig, args.config, args.overrides)
+    for name, count in collect(config).items():
+        print(f"{count:>9,}  {pathlib.Path(config.out) / name if name.endswith('.jsonl') else name}")
+
+
+def _records(config: CollectConfig) -> Iterator[Record | Rejected]:
+    for source in config.sources:
+        yield from read_records(source, config.columns)
+
+
+def _draw_splits(keys: np.ndarray, config: CollectConfig) -> dict[int, str]:
+    held = config.test + config.validation
+    if len(keys) <= held or (config.train is not None and len(keys) < held + config.train):
+        raise ConfigError(
+            f"the sources hold {len(keys)} different problems; asked for {config.test} test, {config.validation} "
+            f"validation and {config.train or 'some'} train ones"
+        )
+    order = np.random.default_rng(config.seed).permutation(keys).tolist()
+    train = order[held:] if config.train is None else order[held : held + config.train]
+    return (
+        dict.fromkeys(order[: config.test], "test")
+        | dict.fromkeys(order[config.test : held], "validation")
+        | dict.fromkeys(train, "train")
+    )
+
+
+def _rows(record: Record, split: str, styles: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file name, row) for each file that gets the record."""
+    if split == "test" and record.answer is not None:
+        prompt = tuple(m for m in record.messages if m.role != "assistant")
+        yield "test.jsonl", dataclasses.replace(record, messages=prompt).to_row()
+    elif styles and split != "test":
+        for style in styles:
+            chain = write_chain(record.extra["metadata"]["expression"], record.answer, style)
+            said = (*record.messages, Message("assistant", record.answer, chain))
+            yield f"{split}_{style}.jsonl", dataclasses.replace(record, messages=said).to_row()
+    else:
+        yield f"{split}.jsonl", record.to_row()
+
+
+class _Files(contextlib.AbstractContextManager):
+    """jsonl files that get their names only when all of them are complete."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder, self._open = folder, {}
+        self.rows: dict[str, int] = {}
+
+    def write(self, name: str, row: Mapping[str, Any]) -> None:
+        if name not in self._open:
+            self._open[name] = self._making(name).open("w", encoding="utf-8")
+            self.rows[name] = 0
+        self._open[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.rows[name] += 1
+
+    def __exit__(self, kind, *_) -> None:
+        for name, stream in self._open.items():
+            stream.close()
+            if kind is None:
+                self._making(name).replace(self._folder / name)
+            else:
+                self._making(name).unlink()
+
+    def _making(self, name: str) -> pathlib.Path:
+        return self._folder / f".{name}.{os.getpid()}"

@@ -1,0 +1,359 @@
+"""Sources tokenised once and kept on disk, as flat arrays that are mapped into memory.
+
+An entry of the cache is a folder named by a hash of everything that it depends on: the tokenizer, its template, the bytes
+of the data, the settings and this module's `FORMAT`. It is written under a temporary name and renamed, so an entry that
+exists is whole, whoever was killed meanwhile, and two writers of one entry do not disturb each other.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dqjax.config import ConfigError
+from dqjax.data.chat import ChatFormat
+from dqjax.data.config import ColumnsConfig, DataConfig, SourceConfig
+from dqjax.data.records import BadRow, Record, question_key
+from dqjax.data.sources import RawRow, Rejected, fingerprint, merge_columns, parse_raw, read_rows
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # raise when the arrays, the parsing or the rendering change: old entries are then no longer found
+_CHUNK = 512  # rows a worker takes at once
+_POOL_FROM = 20_000  # rows under which starting processes costs more than it saves
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents:
+    """Tokenised documents of one or several sources.
+
+    Attributes:
+      tokens: for each source a flat int32 array, mapped from the cache.
+      start: [D] int64, where in its source's tokens a document begins.
+      lengths: [D] int64, its tokens.
+      answer_start: [D] int32; tokens before it are the prompt.
+      difficulty: [D] float64, NaN where unknown.
+      question: [D] int64, `question_key`: equal for documents of the same problem.
+      source: [D] int32, index into `sources`.
+      ids: [D] the stable id of each document.
+      sources: labels.
+    """
+
+    tokens: tuple[np.ndarray, ...]
+    start: np.ndarray
+    lengths: np.ndarray
+    answer_start: np.ndarray
+    difficulty: np.ndarray
+    question: np.ndarray
+    source: np.ndarray
+    ids: Sequence[str]
+    sources: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.answer_start)
+
+    def ids_of(self, document: int) -> np.ndarray:
+        """[n] the token ids of a document."""
+        start = self.start[document]
+        return np.asarray(self.tokens[self.source[document]][start : start + self.lengths[document]])
+
+    def prompt(self, document: int) -> np.ndarray:
+        """[n] the token ids of a document's prompt."""
+        return self.ids_of(document)[: self.answer_start[document]]
+
+
+def load_documents(config: DataConfig, sources: Sequence[SourceConfig], chat: ChatFormat) -> Documents:
+    """The documents of `sources`, from the cache or tokenised now.
+
+    Raises:
+      ConfigError: a source cannot be read, more than `max_bad_share` of the rows are unusable, or none is left.
+    """
+    root = cache_root(config.cache_dir)
+    parts, rejected, rows = [], [], 0
+    for source in sources:
+        part, meta, bad = _load_source(config, source, chat, root)
+        parts.append(part)
+        rejected += bad
+        rows += meta["rows"]
+    write_rejected(rejected, rows, max_share=config.max_bad_share, path=config.quarantine)
+    if not any(map(len, parts)):
+        raise ConfigError(f"data: no document in {', '.join(s.label for s in sources)}")
+    documents = _join(parts)
+    if (doubled := len(documents) - len(set(documents.ids))) > 0:
+        log.warning("%d of %d documents share their id with another one", doubled, len(documents))
+    return documents
+
+
+def cache_root(folder: str | None) -> pathlib.Path:
+    """`data.cache_dir`, or its default under the user's cache folder."""
+    if folder is not None:
+        return pathlib.Path(folder)
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dqjax" / "data"
+
+
+def write_rejected(rejected: Sequence[Rejected], rows: int, *, max_share: float, path: str | None) -> None:
+    """Writes the quarantine file, warns about unusable rows, and raises ConfigError where they are too many."""
+    if path is not None:
+        target = pathlib.Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(target) as stream:
+            stream.writelines(json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n" for bad in rejected)
+    if not rejected:
+        return
+    where = f"all are in {path}" if path else "set data.quarantine to a file to see them all"
+    first = rejected[0]
+    said = f"{len(rejected)} of {rows} rows are unusable, the first at {first.file}:{first.line}: {first.reason}; {where}"
+    if len(rejected) > max_share * rows:
+        raise ConfigError(f"{said}. More than data.max_bad_share = {max_share:g} of them")
+    log.warning("%s", said)
+
+
+def turn_mode(record: Record, config: DataConfig) -> str:
+    """How the turns of a record are rendered (`ChatFormat.turns`), by `data.thinking` and `data.no_think_share`."""
+    if config.thinking == "off":
+        return "off"
+    if config.no_think_share and _draw(config.seed, record.id) < config.no_think_share:
+        return "off"
+    if config.thinking == "on":
+        return "on"
+    return "turn" if record.thinking is None else "on" if record.thinking else "off"
+
+
+def _draw(seed: int, id: str) -> float:
+    """A number in [0, 1) that depends on the seed and the id alone."""
+    digest = hashlib.blake2b(f"{seed}\0{id}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _load_source(
+    config: DataConfig, source: SourceConfig, chat: ChatFormat, root: pathlib.Path
+) -> tuple[Documents, dict[str, Any], list[Rejected]]:
+    columns = merge_columns(config.columns, source.columns)
+    if config.curriculum is not None and config.curriculum.column is not None:
+        columns = columns.model_copy(update={"difficulty": config.curriculum.column})
+    entry = root / _key(config, source, columns, chat)
+    if not entry.exists():
+        _write_entry(entry, config, source, columns, chat)
+    meta = json.loads((entry / "meta.json").read_text())
+    with (entry / "rejected.jsonl").open(encoding="utf-8") as stream:
+        rejected = [Rejected(**json.loads(line)) for line in stream]
+    arrays = {
+        name: np.load(entry / f"{name}.npy", mmap_mode="r" if name == "tokens" else None)
+        for name in ("tokens", "start", "lengths", "answer_start", "difficulty", "question")
+    }
+    ids = json.loads((entry / "ids.json").read_text(encoding="utf-8"))
+    tokens = (arrays.pop("tokens"),)
+    part = Documents(**arrays, tokens=tokens, source=np.zeros(len(ids), np.int32), ids=ids, sources=(source.label,))
+    return part, meta, rejected
+
+
+def _key(config: DataConfig, source: SourceConfig, columns: ColumnsConfig, chat: ChatFormat) -> str:
+    settings = [
+        FORMAT,
+        fingerprint(source),
+        source.label,
+        columns.model_dump(),
+        config.model_dump(include={"thinking", "no_think_share", "seed"} if config.no_think_share else {"thinking"}),
+        chat.tokenizer.backend_tokenizer.to_str(),
+        chat.tokenizer.chat_template,
+    ]
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _write_entry(
+    entry: pathlib.Path, config: DataConfig, source: SourceConfig, columns: ColumnsConfig, chat: ChatFormat
+) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(entry.parent)
+    making = pathlib.Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
+    try:
+        lengths, starts, difficulty, question, ids, rejected, rows = [], [], [], [], [], [], 0
+        with (making / "tokens.raw").open("wb") as raw:
+            for chunk in _tokenise(config, source, columns, chat):
+                raw.write(chunk.tokens.tobytes())
+                lengths.append(chunk.lengths)
+                starts.append(chunk.answer_start)
+                difficulty.append(chunk.difficulty)
+                question.append(chunk.question)
+                ids += chunk.ids
+                rejected += chunk.rejected
+                rows += chunk.rows
+        arrays = {
+            "lengths": np.concatenate([*lengths, np.zeros(0, np.int64)]),
+            "answer_start": np.concatenate([*starts, np.zeros(0, np.int32)]),
+            "difficulty": np.concatenate([*difficulty, np.zeros(0)]),
+            "question": np.concatenate([*question, np.zeros(0, np.int64)]),
+        }
+        ends = np.cumsum(arrays["lengths"])
+        arrays["start"] = ends - arrays["lengths"]
+        for name, array in arrays.items():
+            np.save(making / f"{name}.npy", array)
+        _raw_to_npy(making / "tokens.raw", making / "tokens.npy", int(ends[-1]) if ids else 0)
+        (making / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+        with (making / "rejected.jsonl").open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(dataclasses.asdict(bad)) + "\n" for bad in rejected)
+        (making / "meta.json").write_text(json.dumps({"rows": rows, "documents": len(ids), "source": source.label}))
+        try:
+            making.rename(entry)
+        except OSError:
+            if not entry.exists():  # else another process finished the same entry first: its copy is as good
+                raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _raw_to_npy(raw: pathlib.Path, target: pathlib.Path, count: int) -> None:
+    if not count:  # an empty file cannot be mapped
+        np.save(target, np.zeros(0, np.int32))
+    else:
+        source = np.memmap(raw, np.int32, "r", shape=(count,))
+        mapped = np.lib.format.open_memmap(target, "w+", np.int32, (count,))
+        for start in range(0, count, 1 << 24):
+            mapped[start : start + (1 << 24)] = source[start : start + (1 << 24)]
+        mapped.flush()
+    raw.unlink()
+
+
+def _sweep(root: pathlib.Path) -> None:
+    """Removes what killed writers left behind more than a day ago."""
+    for left in root.glob(".making-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Chunk:
+    tokens: np.ndarray
+    lengths: np.ndarray
+    answer_start: np.ndarray
+    difficulty: np.ndarray
+    question: np.ndarray
+    ids: list[str]
+    rejected: list[Rejected]
+    rows: int
+
+
+def _tokenise(
+    config: DataConfig, source: SourceConfig, columns: ColumnsConfig, chat: ChatFormat
+) -> Iterator[_Chunk]:
+    """Chunks of tokenised rows in the source's order, from this process or from a pool."""
+    work = _ChunkWork(config, columns, source.label, chat)
+    rows = iter(tqdm(read_rows(source), f"tokenising {source.label}", unit=" rows", disable=None, mininterval=1.0))
+    chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
+    workers = config.workers or min(os.cpu_count() or 1, 16)
+    first = list(itertools.islice(chunks, _POOL_FROM // _CHUNK))
+    if workers == 1 or len(first) < _POOL_FROM // _CHUNK:
+        yield from map(work, itertools.chain(first, chunks))
+        return
+    # Processes are spawned: a fork of a process that runs jax's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (work,)) as pool:
+        yield from _bounded_map(pool, _run_worker, itertools.chain(first, chunks), ahead=2 * workers)
+
+
+def _bounded_map(pool: concurrent.futures.Executor, do: Callable, items: Iterator, ahead: int) -> Iterator:
+    """`pool.map` that keeps at most `ahead` items in flight, so that memory does not grow with the source."""
+    futures: list[concurrent.futures.Future] = []
+    try:
+        for item in items:
+            futures.append(pool.submit(do, item))
+            if len(futures) >= ahead:
+                yield futures.pop(0).result()
+        while futures:
+            yield futures.pop(0).result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChunkWork:
+    """Turns raw rows into a `_Chunk`; pickled once for each worker."""
+
+    config: DataConfig
+    columns: ColumnsConfig
+    label: str
+    chat: ChatFormat
+
+    def __call__(self, raws: Sequence[RawRow]) -> _Chunk:
+        rejected: list[tuple[int, Rejected]] = []
+        records: list[tuple[int, RawRow, Record]] = []
+        for i, raw in enumerate(raws):
+            try:
+                records += [(i, raw, record) for record in parse_raw(raw, self.columns, self.label)]
+            except BadRow as bad:
+                rejected.append((i, Rejected(raw.file, raw.line, str(bad))))
+        rendered = self.chat.turns([r for *_, r in records], [turn_mode(r, self.config) for *_, r in records])
+        turns, owners = [], []
+        for (i, raw, record), made in zip(records, rendered):
+            if isinstance(made, BadRow):
+                rejected.append((i, Rejected(raw.file, raw.line, str(made))))
+                continue
+            turns += made
+            owners += [record] * len(made)
+        return _Chunk(
+            tokens=np.concatenate([t.ids for t in turns]) if turns else np.zeros(0, np.int32),
+            lengths=np.array([len(t.ids) for t in turns], np.int64),
+            answer_start=np.array([t.answer_start for t in turns], np.int32),
+            difficulty=np.array([np.nan if r.difficulty is None else r.difficulty for r in owners], np.float64),
+            question=np.array([question_key(r) for r in owners], np.int64),
+            ids=[t.id for t in turns],
+            rejected=[bad for _, bad in sorted(rejected, key=lambda pair: pair[0])],
+            rows=len(raws),
+        )
+
+
+_worker: _ChunkWork | None = None
+
+
+def _start_worker(work: _ChunkWork) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker = work
+
+
+def _run_worker(raws: Sequence[RawRow]) -> _Chunk:
+    return _worker(raws)
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[Any]:
+    """A text file that appears under its name only when it is complete."""
+    making = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with making.open("w", encoding="utf-8") as stream:
+            yield stream
+        making.replace(path)
+    finally:
+        making.unlink(missing_ok=True)
+
+
+def _join(parts: Sequence[Documents]) -> Documents:
+    if len(parts) == 1:
+        return parts[0]
+    joined = {
+        name: np.concatenate([getattr(p, name) for p in parts])
+        for name in ("start", "lengths", "answer_start", "difficulty", "question")
+    }
+    return Documents(
+        **joined,
+        tokens=tuple(tokens for p in parts for tokens in p.tokens),
+        source=np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts]),
+        ids=[id for p in parts for id in p.ids],
+        sources=tuple(label for p in parts for label in p.sources),
+    )
