@@ -4,19 +4,17 @@ It does not go through the layer scan: compiled for TPU, a scanned cache costs a
 of donated layers costs none.
 """
 
-import dataclasses
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dqjax.models.config import ModelConfig
 from dqjax.sharding import Rules
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
+class Cache(NamedTuple):
     """Keys and values of S slots a row; slot s of row b holds position s once s < lengths[b].
 
     Attributes:
@@ -33,7 +31,7 @@ class Cache:
         return self.keys[0].shape[1]
 
 
-def make_cache(config: ModelConfig, rules: Rules, *, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
+def make_cache(config: ModelConfig, rules: Rules, *, rows: int, capacity: int, dtype: DTypeLike) -> Cache:
     """An empty cache, split over batch and key-value heads as the rules say."""
     shape = (rows, capacity, config.num_kv_heads, config.head_dim)
     sharding = rules.sharding(("batch", None, "kv_heads", None), shape)

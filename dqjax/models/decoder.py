@@ -183,7 +183,7 @@ class Decoder:
           hidden `[B, T, D]` in `dtype`, and the cache with the new tokens.
         """
         if cache is None:
-            plan = attention_kernel.make_plan(segment_ids, q_positions=positions, causal=True)
+            plan = attention_kernel.make_plan(segment_ids, causal=True)
             context = self._context(positions, segment_ids, plan=plan)
             return self._network.apply({"params": params}, tokens, context), None
         valid = (segment_ids > 0).astype(jnp.int32)
