@@ -42,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | epath.Path, *, keep: int = 2):
-        self.folder = epath.Path(folder)
+        self.folder = epath.Path(folder).resolve()  # orbax wants it absolute
         self.keep = keep
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._worker: threading.Thread | None = None

@@ -13,6 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from pydantic import Field
+
+from dqjax.config import Section
 
 log = logging.getLogger(__name__)
 
@@ -138,3 +141,17 @@ def make_mesh(
 def shardings_of(rules: Rules, names: Any, shapes: Any) -> Any:
     """NamedShardings for a tree of shapes, given the same tree of logical axis names (tuples)."""
     return jax.tree.map(lambda s, n: rules.sharding(n, s.shape), shapes, names, is_leaf=lambda x: hasattr(x, "shape"))
+
+
+class MeshConfig(Section):
+    """mesh: sizes of the axes; one may be -1 and takes the devices that the others leave.
+
+    slice: TPU slices, joined by the data-centre network. data: copies of everything. fsdp: parameters and optimizer
+    state split, gathered layer by layer. tensor: heads, feed-forward and vocabulary split. The batch is split over
+    slice × data × fsdp.
+    """
+
+    slice: int = Field(1, ge=-1)
+    data: int = Field(1, ge=-1)
+    fsdp: int = Field(-1, ge=-1)
+    tensor: int = Field(1, ge=-1)

@@ -3,7 +3,6 @@
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -175,19 +174,21 @@ class Evaluating:
 
 
 class announce_compilation:
-    """Says that the first step is compiling if it takes longer than `after` seconds; a silent wait looks like a hang."""
+    """A hook that says so if the first step takes longer than `after` seconds to compile: a silent wait looks like a hang."""
 
     def __init__(self, after: float = 30.0):
-        self._began = time.perf_counter()
-        self._timer = threading.Timer(after, self._say)
+        self._timer = threading.Timer(after, self._say, [after])
         self._timer.daemon = True
 
-    def _say(self) -> None:
-        log.info("still compiling the first training step after %.0f s; large models take minutes", time.perf_counter() - self._began)
+    def _say(self, after: float) -> None:
+        log.info("still compiling the first training step after %.0f s; large models take minutes", after)
 
-    def __enter__(self):
+    def __enter__(self) -> "announce_compilation":
         self._timer.start()
         return self
 
-    def __exit__(self, *_):
+    def __call__(self, step: int, state: State, metrics: Metrics, batch: Batch) -> None:
+        self._timer.cancel()
+
+    def __exit__(self, *_: Any) -> None:
         self._timer.cancel()

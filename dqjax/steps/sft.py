@@ -1,14 +1,23 @@
 """Supervised fine-tuning: the next token of the teacher's chain."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from pydantic import Field
 
+from dqjax.config import Section
 from dqjax.losses.cross_entropy import cross_entropy
 from dqjax.sharding import Rules
 from dqjax.types import Batch, LanguageModel, Loss, Mean, Metrics, Params
+
+
+class SFTConfig(Section):
+    """objective: sft, the cross-entropy of the teacher's chains. z_loss: PaLM's weight on lse², for example 1e-4."""
+
+    kind: Literal["sft"] = "sft"
+    z_loss: float = Field(0.0, ge=0)
 
 
 def make_sft_loss(

@@ -1,0 +1,151 @@
+"""Models for the commands: from a folder or a size to a decoder, its parameters, its tokenizer and its chat format."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import model_validator
+
+from dqjax.checkpoint import Checkpoints
+from dqjax.config import ConfigError, Section
+from dqjax.convert.huggingface import load_params
+from dqjax.convert.source import ModelSource, resolve_model
+from dqjax.data.chat import ChatFormat
+from dqjax.data.tokenizer import load_tokenizer
+from dqjax.models.config import SIZES, ModelConfig, to_huggingface
+from dqjax.models.decoder import Decoder, Remat
+from dqjax.sharding import Rules
+from dqjax.types import Params
+
+log = logging.getLogger(__name__)
+
+DType = Literal["float32", "bfloat16"]
+TABLE_MULTIPLE = 64  # a new embedding table gets a multiple of so many rows, so that it divides over a mesh
+
+
+class ModelSection(Section):
+    """model: what is trained.
+
+    init_from: a Hugging Face folder, a run folder, or a hub name; or size: random parameters of a named shape (its
+    vocabulary follows the tokenizer). tokenizer: a folder; by default init_from's. chat_template: keep the tokenizer's,
+    or `think`, ours for Qwen2.5 students. dtype: of the arithmetic; parameters are float32. remat: what the backward pass
+    recomputes, from fastest to smallest: none, dots, attention, full. attention_backend: null picks one.
+    """
+
+    init_from: str | None = None
+    size: str | None = None
+    tokenizer: str | None = None
+    chat_template: Literal["keep", "think"] = "keep"
+    dtype: DType = "bfloat16"
+    remat: Remat = "full"
+    attention_backend: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.init_from is None) == (self.size is None):
+            raise ValueError("give either init_from (a model to go on from) or size (a new one)")
+        if self.size is not None and self.size not in SIZES:
+            raise ValueError(f"size: unknown {self.size!r}; one of {', '.join(SIZES)}")
+        if self.size is not None and self.tokenizer is None:
+            raise ValueError("tokenizer: a model made from a size needs a tokenizer folder")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model ready for use; `source` is None for one made from a size."""
+
+    decoder: Decoder
+    tokenizer: Any
+    chat: ChatFormat
+    source: ModelSource | None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.decoder.config
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that the tokenizer can decode: what may be sampled."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+
+def build_model(section: ModelSection, rules: Rules) -> Model:
+    """Config, tokenizer and decoder, without parameters yet; raises ConfigError before anything is compiled."""
+    source = resolve_model(section.init_from) if section.init_from else None
+    config = source.config() if source else SIZES[section.size]
+    folder = pathlib.Path(section.tokenizer) if section.tokenizer else source.files
+    tokenizer = load_tokenizer(folder, chat_template=section.chat_template, vocab_size=config.vocab_size if source else None)
+    if source is None:
+        entries = max(tokenizer.get_vocab().values()) + 1
+        config = dataclasses.replace(config, vocab_size=-(-entries // TABLE_MULTIPLE) * TABLE_MULTIPLE)
+    decoder = Decoder(config, rules, jnp.dtype(section.dtype), section.remat, section.attention_backend)
+    return Model(decoder, tokenizer, ChatFormat.of(tokenizer), source)
+
+
+def load_model(name: str, rules: Rules, *, dtype: DType = "bfloat16", step: int | None = None) -> tuple[Model, Params]:
+    """A trained model for generation and scoring: any folder that `resolve_model` knows.
+
+    Args:
+      step: of a run folder's checkpoint; by default the newest intact one.
+    """
+    model = build_model(ModelSection(init_from=str(name), dtype=dtype, remat="none"), rules)
+    return model, read_parameters(model, step=step)
+
+
+def read_parameters(model: Model, *, step: int | None = None) -> Params:
+    """The parameters of a model's source, float32, laid out over the mesh."""
+    decoder, source = model.decoder, model.source
+    if source.kind == "huggingface":
+        return load_params(source.folder, decoder.config, decoder.shardings(), dtype=jnp.float32)
+    shapes = abstract_tree(decoder.shapes(), decoder.shardings())
+    checkpoints = Checkpoints(source.folder / "checkpoints")
+    found = checkpoints.restore({"params": shapes}, step=step)
+    checkpoints.close()
+    if found is None:
+        raise ConfigError(f"{source.folder} has no complete checkpoint yet")
+    log.info("%s: step %d", source.folder, found[0])
+    return found[1]["params"]
+
+
+def abstract_tree(shapes: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
+def write_model_files(model: Model, folder: pathlib.Path) -> None:
+    """config.json, tokenizer and chat template, generation_config.json and the base's licence, for a run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.tokenizer.save_pretrained(folder)
+    if model.source is None:
+        (folder / "config.json").write_text(json.dumps(to_huggingface(model.config), indent=2) + "\n")
+        return
+    for pattern in ("config.json", "generation_config.json", "LICENSE*", "README.md"):
+        for path in model.source.files.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
+def start_jax() -> None:
+    """Joins the other processes of the job, if the environment names them, and says what it runs on.
+
+    Processes meet through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or through what jax finds by
+    itself on a TPU pod or under SLURM with more than one task.
+    """
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") and os.environ.get("JAX_NUM_PROCESSES"):
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        jax.distributed.initialize()
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
+        log.warning("no accelerator found: running on the CPU (set JAX_PLATFORMS=cpu to say that this is meant)")
+    log.info("%d × %s, %d process(es)", len(devices), devices[0].device_kind, jax.process_count())
