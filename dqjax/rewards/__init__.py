@@ -1,0 +1,1 @@
+"""Graders: from a completion to a score. See `types` for the one signature, `correct` and `mix` for the tables."""

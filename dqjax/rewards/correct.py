@@ -1,0 +1,69 @@
+"""Correctness, whatever the problem: each goes to the grader that its own columns name.
+
+Training rewards and evaluation share this file, so that a benchmark measures what a policy was rewarded for.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dqjax.config import Section
+from dqjax.rewards.answer import AnswerConfig, AnswerGrader
+from dqjax.rewards.tasks import TaskGrader, TasksConfig, task_of
+from dqjax.rewards.types import Completion, Grade, Grader, could_not
+
+RIGHT = 0.99  # a score of at least so much counts as correct
+
+
+class CorrectConfig(Section):
+    """The graders of correctness, one section each."""
+
+    answer: AnswerConfig = AnswerConfig()
+    tasks: TasksConfig = TasksConfig()
+
+
+GRADERS: dict[str, Callable[[CorrectConfig], Grader]] = {
+    "answer": lambda config: AnswerGrader(config.answer),
+    "tasks": lambda config: TaskGrader(config.tasks),
+}
+
+
+def grader_of(problem: Any) -> str:
+    """The key of `GRADERS` for a problem: its `grader` column, else `tasks` for a reasoning-gym problem, else `answer`."""
+    if named := problem.extra.get("grader"):
+        return named
+    return "tasks" if task_of(problem) else "answer"
+
+
+class Correctness:
+    """Score 1 for a correct completion, 0 for any other. Graders are made when a problem first needs them."""
+
+    def __init__(self, config: CorrectConfig = CorrectConfig()):
+        self._config = config
+        self._graders: dict[str, Grader] = {}
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Grade]:
+        grades: list[Grade] = [could_not("not graded")] * len(completions)
+        names = [grader_of(c.problem) for c in completions]
+        for name in dict.fromkeys(names):
+            mine = [i for i, other in enumerate(names) if other == name]
+            if name not in GRADERS:
+                raise ValueError(
+                    f"problem {completions[mine[0]].problem.id}: unknown grader {name!r}; one of {', '.join(GRADERS)}"
+                )
+            if name not in self._graders:
+                self._graders[name] = GRADERS[name](self._config)
+            for i, grade in zip(mine, self._graders[name]([completions[i] for i in mine])):
+                grades[i] = grade
+        return grades
+
+    def close(self) -> None:
+        """Ends the graders' processes."""
+        for grader in self._graders.values():
+            grader.close()
+        self._graders.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

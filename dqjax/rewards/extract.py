@@ -1,0 +1,145 @@
+r"""Final answers out of text: the last `\boxed` with its braces matched, answer tags, and the usual phrases.
+
+The last statement of an answer wins over earlier ones: models correct themselves.
+"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+_BOXED = re.compile(r"\\f?boxed(?![a-zA-Z])\s*")
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
+_HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.M)
+# Bold and heading marks round the phrase are markdown's; the answer is what is left of its line.
+_PHRASE = re.compile(
+    r"(?:final\s+answer|answer|result)\s*(?:\*\*|__)?\s*(?:is|are|:|=)\s*(?:\*\*|__)?\s*:?\s*(?P<rest>[^\n]+)", re.I
+)
+_NUMBER = re.compile(r"[-+−]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\d)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
+_SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|qquad|displaystyle|limits)(?![a-zA-Z])|~")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last complete `\boxed{...}` or `\fbox{...}`, nested braces included; None without one.
+
+    `\{` and `\}` are characters, not braces. A box that never closes (a truncated sample) is passed over. `\boxed 5`
+    is TeX for a box round one token.
+    """
+    for match in reversed(list(_BOXED.finditer(text))):
+        start = match.end()
+        if start >= len(text):
+            continue
+        if text[start] != "{":
+            token = re.match(r"\\[a-zA-Z]+|[^\s\\$}]+", text[start:]) if match.group()[-1].isspace() else None
+            if token:
+                return token.group().rstrip(".,")
+            continue
+        end = _closing_brace(text, start)
+        if end is not None:
+            return text[start + 1 : end].strip()
+    return None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    depth, i = 0, start
+    while i < len(text):
+        char = text[i]
+        if char == "\\":
+            i += 1  # whatever is escaped is no brace
+        elif char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
+            if depth == 0:
+                return i
+        i += 1
+    return None
+
+
+def last_tag(text: str) -> str | None:
+    """The content of the last `<answer>...</answer>`; None without one."""
+    tags = _TAG.findall(text)
+    return tags[-1].strip() if tags else None
+
+
+def final_answer(text: str) -> str | None:
+    """The stated final answer of a text: the last box, else the last `<answer>` tag, else the last `#### x`, else the last
+    "the answer is x". None where no answer is stated in any of these ways."""
+    if (boxed := last_boxed(text)) is not None:
+        return boxed
+    if (tag := last_tag(text)) is not None:
+        return tag
+    if hashes := _HASHES.findall(text):
+        return hashes[-1]
+    if phrases := list(_PHRASE.finditer(text)):
+        return unwrap(phrases[-1]["rest"])
+    return None
+
+
+def unwrap(text: str) -> str:
+    """Without markdown's emphasis, dollar signs round the whole, and the full stop that ends a sentence."""
+    text = text.strip().strip("*_").strip()
+    text = text[:-1] if text.endswith(".") else text
+    for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("`", "`")):
+        if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right):
+            inner = text[len(left) : -len(right)]
+            if left not in inner:
+                return inner.strip()
+    return text.strip("*_").strip()
+
+
+def normalise(text: str) -> str:
+    r"""A form in which equal answers are often equal strings: no spacing commands, `\text{}` wrappers, `\dfrac`, degree
+    signs, dollar or percent escapes, thousands separators or outer spaces; spaces only between word characters; case kept."""
+    text = _SPACING.sub(" ", text.strip())
+    while (plain := _TEXT.sub(r"\1", text)) != text:
+        text = plain
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("−", "-").replace("\\%", "%")
+    text = re.sub(r"\^\{?\\circ\}?|°|\\degree", "", text.replace("\\$", "").replace("$", ""))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text.strip()) else text
+    text = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text.strip())
+    text = re.sub(r"\s+", " ", text)
+    return text[:-1] if text.endswith(".") else text
+
+
+def number(text: str) -> Fraction | None:
+    """The exact value of an integer, decimal, fraction or scientific number, thousands separators allowed; None for
+    anything else. Exponents beyond 400 are anything else: their value would not fit in memory."""
+    plain = normalise(text).replace(" ", "")
+    if match := re.fullmatch(r"(-?)\\frac\{?(\d+)\}?\{?(\d+)\}?", plain):
+        return Fraction(int(match[1] + match[2]), int(match[3])) if int(match[3]) else None
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", plain):
+        plain = plain.replace(",", "")
+    match = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE]([-+]?\d+))?(/\d+)?", plain)
+    if not match or len(plain) > 400 or abs(int(match[3] or 0)) > 400:
+        return None
+    head, slash, denominator = plain.partition("/")
+    if slash and not int(denominator):
+        return None
+    return Fraction(head) / (int(denominator) if slash else 1)
+
+
+def last_number(text: str) -> str | None:
+    """The last number written in a text."""
+    found = _NUMBER.findall(text)
+    return found[-1].replace(" ", "") if found else None
+
+
+def choice(text: str, letters: Sequence[str]) -> str | None:
+    """The letter chosen in an answer: of the stated final answer, else the last one that stands alone; None without one.
+
+    Args:
+      letters: the valid ones, such as A, B, C, D. Capitals count; small ones only where the whole statement is one letter.
+    """
+    valid = "".join(letters)
+    alone = re.compile(rf"(?<![A-Za-z\\])\(?([{valid}])\)?(?![A-Za-z'’])")
+    stated = final_answer(text)
+    plain = normalise(text if stated is None else stated).strip("() .:*")
+    if len(plain) == 1 and plain.upper() in valid:
+        return plain.upper()
+    if stated is not None and (match := re.match(rf"[\W_]*([{valid}])(?![A-Za-z'’])", plain)):
+        return match[1]
+    found = alone.findall(text if stated is None else stated)
+    if stated is not None and len(set(found)) > 1:
+        return None  # "either A or B" is no choice
+    return found[-1] if found else None
