@@ -168,10 +168,16 @@ def _key(config: DataConfig, source: SourceConfig, columns: ColumnsConfig, chat:
         source.label,
         columns.model_dump(),
         config.model_dump(include={"thinking", "no_think_share", "seed"} if config.no_think_share else {"thinking"}),
-        chat.tokenizer.backend_tokenizer.to_str(),
+        _tokenizer_text(chat.tokenizer),
         chat.tokenizer.chat_template,
     ]
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        return backend.to_str()
+    return f"{type(tokenizer).__name__} {json.dumps(tokenizer.get_vocab(), sort_keys=True)}"  # sentencepiece
 
 
 def _write_entry(
@@ -291,21 +297,19 @@ class _ChunkWork:
     chat: ChatFormat
 
     def __call__(self, raws: Sequence[RawRow]) -> _Chunk:
-        rejected: list[tuple[int, Rejected]] = []
-        records: list[tuple[int, RawRow, Record]] = []
-        for i, raw in enumerate(raws):
-            try:
-                records += [(i, raw, record) for record in parse_raw(raw, self.columns, self.label)]
-            except BadRow as bad:
-                rejected.append((i, Rejected(raw.file, raw.line, str(bad))))
-        rendered = self.chat.turns([r for *_, r in records], [turn_mode(r, self.config) for *_, r in records])
+        rejected, records = [], []
+        for raw in raws:
+            for item in parse_raw(raw, self.columns, self.label):
+                rejected.append(item) if isinstance(item, Rejected) else records.append((raw, item))
+        modes = [turn_mode(record, self.config) for _, record in records]
         turns, owners = [], []
-        for (i, raw, record), made in zip(records, rendered):
+        for (raw, record), made in zip(records, self.chat.turns([record for _, record in records], modes)):
             if isinstance(made, BadRow):
-                rejected.append((i, Rejected(raw.file, raw.line, str(made))))
+                rejected.append(Rejected(raw.file, raw.line, str(made)))
                 continue
             turns += made
             owners += [record] * len(made)
+        rejected.sort(key=lambda bad: (bad.file, bad.line))
         return _Chunk(
             tokens=np.concatenate([t.ids for t in turns]) if turns else np.zeros(0, np.int32),
             lengths=np.array([len(t.ids) for t in turns], np.int64),
@@ -313,7 +317,7 @@ class _ChunkWork:
             difficulty=np.array([np.nan if r.difficulty is None else r.difficulty for r in owners], np.float64),
             question=np.array([question_key(r) for r in owners], np.int64),
             ids=[t.id for t in turns],
-            rejected=[bad for _, bad in sorted(rejected, key=lambda pair: pair[0])],
+            rejected=rejected,
             rows=len(raws),
         )
 

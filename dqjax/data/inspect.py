@@ -1,17 +1,18 @@
 """What a data file holds: form, lengths, the share in the loss, and one row coloured by its loss mask."""
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 
 import numpy as np
 
-from dqjax.config import ConfigError
+from dqjax.config import ConfigError, validate
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import ColumnsConfig, DataConfig, SourceConfig
 from dqjax.data.documents import turn_mode
 from dqjax.data.records import BadRow, detect_form
-from dqjax.data.sources import decode, parse_raw, read_rows
+from dqjax.data.sources import Rejected, decode, parse_raw, read_rows
 from dqjax.data.tokenizer import load_tokenizer
 
 HELP = "print the form of a data file, its lengths in tokens, and a row with its loss mask"
@@ -34,22 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     source = SourceConfig.model_validate(args.file)
     tokenizer = load_tokenizer(args.tokenizer, chat_template=args.chat_template) if args.tokenizer else None
-    config = DataConfig(sources=(source,), row_length=args.row_length, thinking=args.thinking)
+    settings = {"sources": [args.file], "row_length": args.row_length, "thinking": args.thinking}
+    config = validate(DataConfig, settings, where="inspect")
     chat = ChatFormat.of(tokenizer) if tokenizer is not None else None
     forms, reasons, records, rows, shown = Counter(), Counter(), [], 0, None
     for raw in read_rows(source):
         if rows == args.rows:
             break
         rows += 1
-        try:
-            parsed = parse_raw(raw, ColumnsConfig(), source.label)
+        for item in parse_raw(raw, ColumnsConfig(), source.label):
+            if isinstance(item, Rejected):
+                reasons[item.reason] += 1
+                continue
+            records.append(item)
+            if rows >= args.show and shown is None:
+                shown = item
+        with contextlib.suppress(BadRow):
             forms[detect_form(decode(raw))] += 1
-            records += parsed
-        except BadRow as bad:
-            reasons[str(bad)] += 1
-            continue
-        if rows >= args.show and shown is None:
-            shown = parsed[0]
     if not rows:
         raise ConfigError(f"{args.file}: no rows")
     print(f"rows        {rows:,}{' (the first ones)' if rows == args.rows else ''}; {len(records):,} records")

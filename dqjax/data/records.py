@@ -51,7 +51,9 @@ _TAGS = (
         r"(?:<\|begin_of_solution\|>(?P<answer>.*?)(?:<\|end_of_solution\|>)?\s*)?",
         re.S,
     ),
+    re.compile(r"(?P<thought>(?:(?!<think>).)*?)</think>(?P<answer>.*)", re.S),  # the opening tag was in the prompt
 )
+_OPENING = re.compile(r"\s*(?:<think>|<\|begin_of_thought\|>)")
 
 
 class BadRow(ValueError):
@@ -109,7 +111,7 @@ class Record:
         row: dict[str, Any] = {"id": self.id}
         if self.problem != self.id:
             row["problem_id"] = self.problem
-        prompt_only = all(m.role != "assistant" for m in self.messages)
+        prompt_only = self.chosen is not None or all(m.role != "assistant" for m in self.messages)
         row["prompt" if prompt_only else "messages"] = [m.to_dict() for m in self.messages]
         if self.chosen is not None:
             row |= {"chosen": [self.chosen.to_dict()], "rejected": [self.rejected.to_dict()]}
@@ -130,12 +132,11 @@ def detect_form(row: Mapping[str, Any], columns: ColumnsConfig = ColumnsConfig()
     has = lambda key: _find(row, key, columns)[0] is not None  # noqa: E731
     if has("chosen") and has("rejected"):
         return "preference"
-    chains = _find(row, "reasoning", columns)[1]
-    if has("prompt") and isinstance(chains, Sequence) and not isinstance(chains, str):
+    if has("prompt") and isinstance(_find(row, "reasoning", columns)[1], list):
         return "problems"
     if has("messages"):
         turns = _find(row, "messages", columns)[1]
-        first = turns[0] if isinstance(turns, Sequence) and not isinstance(turns, str) and len(turns) else None
+        first = turns[0] if isinstance(turns, list) and turns else None
         return "sharegpt" if isinstance(first, Mapping) and "from" in first else "messages"
     if "instruction" in row and has("response"):
         return "instruction"
@@ -147,8 +148,8 @@ def detect_form(row: Mapping[str, Any], columns: ColumnsConfig = ColumnsConfig()
     )
 
 
-def parse_row(row: Any, *, columns: ColumnsConfig = ColumnsConfig(), source: str = "") -> list[Record]:
-    """The records of one row: one, or one a chain for the form `problems`.
+def parse_row(row: Any, *, columns: ColumnsConfig = ColumnsConfig(), source: str = "") -> list[Record | BadRow]:
+    """The records of one row: one, or one a chain for the form `problems`, where a bad chain is a `BadRow` in its place.
 
     Args:
       row: a decoded jsonl line or a parquet row.
@@ -156,7 +157,7 @@ def parse_row(row: Any, *, columns: ColumnsConfig = ColumnsConfig(), source: str
       source: label put into the records; a row's own `source` column wins over an empty label.
 
     Raises:
-      BadRow: with the reason.
+      BadRow: nothing of the row can be used; with the reason.
     """
     if not isinstance(row, Mapping):
         raise BadRow(f"expected an object with columns, got {type(row).__name__}")
@@ -172,41 +173,47 @@ def parse_row(row: Any, *, columns: ColumnsConfig = ColumnsConfig(), source: str
     given_id, system = take("id"), take("system")
     common = {"thinking": _flag(take("thinking")), "difficulty": _number(take("difficulty")), "answer": _text(take("answer"))}
     head = [Message("system", _required(system, "system"))] if system else []
-    chains: list[tuple[list[Message], dict[str, Any]]] = []  # the messages of each record, and what is its own
+    own: dict[str, Any] = {}  # fields that only this form has
+    chains: Sequence[Any] | None = None
     match form:
         case "preference":
-            prompt, chosen, rejected = _preference(take("prompt"), take("chosen"), take("rejected"))
-            chains.append((head + prompt, {"chosen": chosen, "rejected": rejected}))
+            messages, own["chosen"], own["rejected"] = _preference(take("prompt"), take("chosen"), take("rejected"))
         case "problems":
-            question = _turns(take("prompt"), "question")
-            chains = [(head + question + [turn], own) for turn, own in map(_omnithought, take("reasoning"))]
-            if not chains:
-                raise BadRow("the list of chains is empty")
+            messages, chains = _turns(take("prompt"), "question"), take("reasoning")
         case "messages" | "sharegpt":
-            chains.append((_with_head(head, _turns(take("messages"), "messages")), {}))
+            messages = _turns(take("messages"), "messages")
         case "instruction" | "response":
-            prompt = _turns(take("prompt"), "prompt")
+            messages = _turns(take("prompt"), "prompt")
             if form == "instruction" and (more := row.get("input")):
-                prompt = [Message("user", f"{prompt[0].content}\n\n{_required(more, 'input')}")]
+                messages = [Message("user", f"{messages[0].content}\n\n{_required(more, 'input')}")]
                 used.add("input")
-            answer = _turns(take("response"), "response", role="assistant")
+            messages += _turns(take("response"), "response", role="assistant")
             if reasoning := take("reasoning"):
-                answer[0] = dataclasses.replace(answer[0], reasoning=_required(reasoning, "reasoning"))
-            chains.append((_with_head(head, prompt) + answer, {}))
+                messages[-1] = dataclasses.replace(messages[-1], reasoning=_required(reasoning, "reasoning"))
         case "answer" | "prompt":
-            chains.append((_with_head(head, _turns(take("prompt"), "prompt")), {}))
+            messages = _turns(take("prompt"), "prompt")
+    messages = messages if messages[0].role == "system" else head + messages
 
-    source = source or _text(row.get("source")) or ""
     used |= {"source", "problem_id"}
     extra = {key: value for key, value in row.items() if key not in used and value is not None}
-    base = str(given_id) if given_id not in (None, "") else _content_id(chains[0][0][:1] if form == "problems" else chains)
-    records = []
-    for k, (messages, own) in enumerate(chains):
+    id = str(given_id) if given_id not in (None, "") else _content_id([messages, own])
+    common |= own | {"source": source or _text(row.get("source")) or ""}
+    if chains is None:
         _check_turns(messages)
-        fields = common | {"extra": extra | own.pop("extra", {})} | {k: v for k, v in own.items() if v is not None}
-        id = f"{base}#{k}" if form == "problems" else base
-        problem = base if form == "problems" else _text(row.get("problem_id")) or base
-        records.append(Record(id=id, problem=problem, messages=tuple(messages), source=source, **fields))
+        problem = _text(row.get("problem_id")) or id
+        return [Record(id=id, problem=problem, messages=tuple(messages), extra=extra, **common)]
+    if not chains:
+        raise BadRow("reasoning: the list of chains is empty")
+    records: list[Record | BadRow] = []
+    for k, chain in enumerate(chains):
+        try:
+            turn, difficulty, more = _omnithought(chain)
+            _check_turns([*messages, turn])
+        except BadRow as bad:
+            records.append(BadRow(f"chain {k}: {bad}"))
+            continue
+        fields = common if difficulty is None else common | {"difficulty": difficulty}
+        records.append(Record(id=f"{id}#{k}", problem=id, messages=(*messages, turn), extra=extra | more, **fields))
     return records
 
 
@@ -290,8 +297,10 @@ def _turns(value: Any, name: str, role: str = "user") -> list[Message]:
     """A text (one turn of `role`) or a list of messages as messages."""
     if isinstance(value, str):
         return [_message(role, value, None, name)]
-    if not isinstance(value, Sequence) or not len(value):
-        raise BadRow(f"{name}: expected text or messages, got {type(value).__name__ if not value == [] else 'an empty list'}")
+    if isinstance(value, list) and not value:
+        raise BadRow(f"{name}: an empty list")
+    if not isinstance(value, list):
+        raise BadRow(f"{name}: expected text or messages, got {type(value).__name__}")
     turns = []
     for i, turn in enumerate(value):
         where = f"{name}[{i}]"
@@ -301,7 +310,11 @@ def _turns(value: Any, name: str, role: str = "user") -> list[Message]:
         if kind not in ROLES:
             raise BadRow(f"{where}: unknown role {kind!r}")
         content = turn["content"] if "content" in turn else turn.get("value")
+        if ROLES[kind] == "system" and i == 0 and content in ("", None):
+            continue  # an empty system prompt is none
         turns.append(_message(ROLES[kind], content, turn.get("reasoning_content") or turn.get("reasoning"), where))
+    if not turns:
+        raise BadRow(f"{name}: only an empty system prompt")
     return turns
 
 
@@ -312,21 +325,24 @@ def _message(role: str, content: Any, reasoning: Any, name: str) -> Message:
     if reasoning:
         return Message(role, content.lstrip("\n"), _required(reasoning, f"{name}.reasoning_content").strip("\n"))
     thought, answer = split_tags(content)
+    if thought is None and _OPENING.match(content):
+        raise BadRow(f"{name}: a chain that is never closed")
     if not answer.strip():
         raise BadRow(f"{name}: a chain without an answer")
     return Message(role, answer.lstrip("\n"), thought if thought and thought.strip() else None)
 
 
-def _omnithought(chain: Any) -> tuple[Message, dict[str, Any]]:
+def _omnithought(chain: Any) -> tuple[Message, float | None, dict[str, Any]]:
+    """(turn, difficulty, other columns) of one chain of a problem."""
     if not isinstance(chain, Mapping):
-        raise BadRow(f"reasoning: expected a list of objects, got {type(chain).__name__}")
+        raise BadRow(f"expected an object, got {type(chain).__name__}")
     if chain.get("solution") is not None:
-        turn = _message("assistant", chain["solution"], chain.get("thought"), "reasoning.solution")
+        turn = _message("assistant", chain["solution"], chain.get("thought"), "solution")
     else:
-        turn = _message("assistant", chain.get("full_response"), None, "reasoning.full_response")
-    rest = {k: v for k, v in chain.items() if k not in ("solution", "thought", "full_response") and v is not None}
+        turn = _message("assistant", chain.get("full_response"), None, "full_response")
+    more = {k: v for k, v in chain.items() if k not in ("solution", "thought", "full_response") and v is not None}
     difficulty = next((chain[n] for n in USUAL_NAMES["difficulty"] if chain.get(n) is not None), None)
-    return turn, {"difficulty": _number(difficulty), "extra": rest}
+    return turn, _number(difficulty), more
 
 
 def _preference(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message], Message, Message]:
@@ -342,10 +358,6 @@ def _preference(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message],
     if good[-1] == bad[-1]:
         raise BadRow("chosen and rejected are equal")
     return turns, good[-1], bad[-1]
-
-
-def _with_head(head: list[Message], turns: list[Message]) -> list[Message]:
-    return turns if turns[0].role == "system" else head + turns
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
