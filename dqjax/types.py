@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,7 @@ def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
     return {**a, **b, **{name: join(a[name], b[name]) for name in a.keys() & b.keys()}}
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What losses and rollouts need of a model: pure functions of its parameters (`models.Decoder` is one)."""
 
@@ -77,12 +78,14 @@ class LanguageModel(Protocol):
         """The table `[V, D]` whose product with a hidden state gives the logits."""
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A training objective: a weighted sum over one micro-batch, and metrics that add up over micro-batches."""
 
     def __call__(self, params: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]: ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where batches come from. `next` gets the current parameters, since a rollout samples from them.
 
