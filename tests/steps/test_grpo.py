@@ -1,0 +1,162 @@
+"""GRPO: TRL's loss and gradient for every variant, hand arithmetic, and invariance."""
+
+import collections
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dqjax.steps.grpo import GRPOConfig, make_grpo_loss, make_token_logprobs, weigh_samples
+
+TEMPERATURE, LONGEST = 0.7, 12
+
+VARIANTS = {
+    "grpo": dict(loss="grpo"),
+    "bnpo": dict(loss="bnpo"),
+    "dr_grpo": dict(loss="dr_grpo"),
+    "dapo, clip-higher": dict(loss="dapo", clip_high=0.28),
+    "cispo": dict(loss="cispo", ratio_cap=1.2),
+    "sapo": dict(loss="sapo"),
+    "gspo": dict(loss="grpo", ratio="sequence", clip_low=0.03, clip_high=0.04),
+    "gspo, kl corrected": dict(loss="dapo", ratio="sequence", clip_low=0.03, clip_high=0.04, kl=0.3),
+    "two-sided clip": dict(loss="dapo", ratio_limit=1.5),
+    "kl": dict(loss="grpo", kl=0.2, kl_corrected=False),
+    "kl corrected": dict(loss="dr_grpo", kl=0.2),
+    "token truncate": dict(loss="dapo", correction="token_truncate", correction_low=0.8, correction_high=1.2),
+    "token mask": dict(loss="dapo", correction="token_mask", correction_low=0.8, correction_high=1.2),
+    "sequence truncate": dict(loss="grpo", correction="sequence_truncate", correction_high=1.1),
+    "sequence mask": dict(loss="dapo", correction="sequence_mask", correction_high=1.3, kl=0.1),
+}
+
+
+def make_samples(tools, seed=0, count=6):
+    """Samples with advantages, and the log-probabilities of three other policies at each token."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for ids, prompt in tools.sequences(seed, count):
+        near = lambda spread: rng.normal(size=len(ids)).astype(np.float32) * spread  # noqa: B023, E731
+        made.append((ids, prompt, float(rng.normal()), near(0.3), near(0.2), near(0.5)))
+    return made
+
+
+def pack_samples(tools, samples, params, truncated=(), row_length=32, rows=None, old=True):
+    """The samples as a batch: old, sampled and reference log-probabilities are the policy's, moved a little."""
+    items, leaves = [], tools.torch_copy(params)
+    for i, (ids, prompt, advantage, d_old, d_sample, d_reference) in enumerate(samples):
+        at_policy, _ = tools.torch_logprobs(leaves, ids, TEMPERATURE)
+        logp = np.concatenate([[0], at_policy.detach().numpy()]).astype(np.float32)
+        per_token = {"sample_logprobs": logp + d_old + d_sample, "reference_logprobs": logp + d_reference}
+        if old:
+            per_token["old_logprobs"] = logp + d_old
+        values = {"advantage": advantage, "truncated": int(i in truncated)}
+        items.append([tools.tokens_of(ids, prompt, values, per_token)])
+    return tools.pack(items, row_length, rows)
+
+
+def trl_loss(tools, samples, params, config: GRPOConfig, truncated=()):
+    """Value and gradients of `GRPOTrainer._compute_loss` on the same samples, padded."""
+    import torch
+    from trl import GRPOTrainer
+
+    leaves = tools.torch_copy(params)
+    width = max(len(ids) - prompt for ids, prompt, *_ in samples)
+
+    def padded(rows, dtype=torch.float32):
+        return torch.stack([torch.nn.functional.pad(torch.as_tensor(r, dtype=dtype), (0, width - len(r))) for r in rows])
+
+    def logps(self, model, input_ids, attention_mask, logits_to_keep, **_):
+        both = [tools.torch_logprobs(leaves, ids, TEMPERATURE) for ids, *_ in samples]
+        rows = [[x[prompt - 1 :] for x in pair] for pair, (_, prompt, *_) in zip(both, samples)]
+        return padded([r[0] for r in rows]), padded([r[1] for r in rows]), None
+
+    at_policy, _, _ = logps(None, None, None, None, 0)
+    at_policy = at_policy.detach()
+    moved = lambda i: padded([s[i][s[1] :] for s in samples])  # noqa: E731
+    old = at_policy + moved(3)
+    mask = padded([np.ones(len(s[0]) - s[1]) * (i not in truncated) for i, s in enumerate(samples)])
+    reference = at_policy + moved(5)
+    ratio = None
+    if config.correction != "none":
+        level, action = config.correction.split("_")
+        drift = -moved(4) * mask
+        ratio = torch.exp(drift.sum(-1, keepdim=True) if level == "sequence" else drift)
+        low, high = config.correction_low, config.correction_high
+        if action == "truncate":
+            ratio = torch.clamp(ratio, min=low, max=high)
+        else:
+            outside = (ratio < (-np.inf if low is None else low)) | (ratio > (np.inf if high is None else high))
+            ratio = ratio.masked_fill(outside, 0.0)
+    trainer = object.__new__(GRPOTrainer)
+    trainer.model = types.SimpleNamespace(training=True)
+    trainer.args = types.SimpleNamespace(
+        delta=config.ratio_limit,
+        use_bias_correction_kl=config.kl_corrected,
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
+        steps_per_generation=1,
+    )
+    trainer.accelerator = types.SimpleNamespace(
+        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True
+    )
+    trainer._get_per_token_logps_and_entropies = types.MethodType(logps, trainer)
+    trainer._metrics = {"train": collections.defaultdict(list)}
+    for name, value in {
+        "aux_loss_enabled": False,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "importance_sampling_level": config.ratio,
+        "beta": config.kl,
+        "loss_type": config.loss,
+        "epsilon_low": config.clip_low,
+        "epsilon_high": config.ratio_cap if config.loss == "cispo" else config.clip_high,
+        "use_vllm": ratio is not None,
+        "vllm_importance_sampling_correction": ratio is not None,
+        "current_gradient_accumulation_steps": 1,
+        "max_completion_length": LONGEST,
+        "_entropy_bonus_enabled": False,
+    }.items():
+        setattr(trainer, name, value)
+    loss = trainer._compute_loss(
+        None,
+        {
+            "prompt_ids": torch.zeros(len(samples), 1),
+            "prompt_mask": torch.ones(len(samples), 1),
+            "completion_ids": torch.zeros(len(samples), width),
+            "completion_mask": mask,
+            "advantages": torch.tensor([s[2] for s in samples]),
+            "old_per_token_logps": old,
+            "ref_per_token_logps": reference,
+            "importance_sampling_ratio": ratio,
+            "num_items_in_batch": mask.sum(),
+        },
+    )
+    loss.backward()
+    gradients = {name: x.grad.numpy() for name, x in leaves.items()}
+    return loss.item(), gradients, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def our_loss(tools, batch, params, config, parts=1, mask_truncated=False):
+    weighed = weigh_samples(batch, config.loss, max_length=LONGEST, mask_truncated=mask_truncated)
+    loss = make_grpo_loss(tools.Bigram(), tools.one_device(), config.options(), temperature=TEMPERATURE)
+    return tools.value_and_grad(loss, params, weighed, parts=parts)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loss_and_gradient_equal_trl(tools, name):
+    config, params = GRPOConfig(**VARIANTS[name]), tools.Bigram().init(1)
+    samples = make_samples(tools)
+    want, want_grads, want_metrics = trl_loss(tools, samples, params, config, truncated={2})
+    batch = pack_samples(tools, samples, params, truncated={2})
+    assert batch.tokens.shape[0] < len(samples)  # some rows hold several
+    grads, value, metrics = our_loss(tools, batch, params, config, mask_truncated=True)
+    np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)
+    tools.assert_trees_close(grads, want_grads)
+    ours = {k: float(m.total / m.count) for k, m in metrics.items() if hasattr(m, "total")}
+    np.testing.assert_allclose(ours["entropy"], want_metrics["entropy"], rtol=1e-5)
+    if config.kl:
+        np.testing.assert_allclose(ours["kl"], want_metrics["kl"], rtol=1e-5)
+    if config.loss not in ("cispo", "sapo") and config.ratio == "token":
+        np.testing.assert_allclose(ours["clip_low"], want_metrics["clip_ratio/low_mean"], rtol=1e-5)
+        np.testing.assert_allclose(ours["clip_high"], want_metrics["clip_ratio/high_mean"], rtol=1e-5)
