@@ -210,7 +210,7 @@ def _probe(format: ChatFormat) -> int:
         for thinking in (True, False):
             if format.always_opens and not thinking:
                 continue
-            last = Message("assistant", "5 it is.", "7-2=5" if thinking else None)
+            last = Message("assistant", "The answer is 5.", "The 7 less 2 is 5" if thinking else None)
             prompt, answer = format.prompt_text(before, thinking=thinking), format.answer_text(last, thinking=thinking)
             block = f"{OPEN}\n{last.reasoning}\n{CLOSE}\n\n{last.content}" if thinking else last.content
             said = [m.to_dict() for m in before] + [{"role": "assistant", "content": block}]

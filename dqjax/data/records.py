@@ -181,7 +181,7 @@ def parse_row(row: Any, *, columns: ColumnsConfig = ColumnsConfig(), source: str
         case "problems":
             messages, chains = _turns(take("prompt"), "question"), take("reasoning")
         case "messages" | "sharegpt":
-            messages = _turns(take("messages"), "messages")
+            messages = _turns(take("messages"), "messages", role=None)
         case "instruction" | "response":
             messages = _turns(take("prompt"), "prompt")
             if form == "instruction" and (more := row.get("input")):
@@ -233,7 +233,7 @@ def normalise_question(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\[,;:! ]|\\(?:left|right|quad|qquad)(?![a-z])|~", " ", text)
-    return re.sub(r"(?<=\w)\s+(?=\w)", " ", re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text.strip()))
+    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(text.split()))
 
 
 def question_key(record: Record) -> int:
@@ -293,14 +293,14 @@ def _flag(value: Any) -> bool | None:
     raise BadRow(f"thinking: expected true or false, got {value!r}")
 
 
-def _turns(value: Any, name: str, role: str = "user") -> list[Message]:
-    """A text (one turn of `role`) or a list of messages as messages."""
-    if isinstance(value, str):
+def _turns(value: Any, name: str, role: str | None = "user") -> list[Message]:
+    """A text (one turn of `role`; None: refused) or a list of messages as messages."""
+    if isinstance(value, str) and role is not None:
         return [_message(role, value, None, name)]
     if isinstance(value, list) and not value:
         raise BadRow(f"{name}: an empty list")
     if not isinstance(value, list):
-        raise BadRow(f"{name}: expected text or messages, got {type(value).__name__}")
+        raise BadRow(f"{name}: expected {'text or ' if role else ''}a list of messages, got {type(value).__name__}")
     turns = []
     for i, turn in enumerate(value):
         where = f"{name}[{i}]"
