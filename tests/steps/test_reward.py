@@ -1,0 +1,65 @@
+"""Reward models: TRL's loss and gradient, packed pairs, metrics, the head."""
+
+import collections
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dqjax.losses.pairs import weigh_pairs
+from dqjax.models.heads import Classifier
+from dqjax.steps.reward import RewardConfig, length_names, make_reward_loss, summarise
+
+
+def make_pairs(tools, seed=0, count=5):
+    """(chosen ids, rejected ids, margin) of random pairs."""
+    rng = np.random.default_rng(seed)
+    ids = [ids for ids, _ in tools.sequences(seed, 2 * count)]
+    return [(c, r, float(rng.uniform(0, 0.5))) for c, r in zip(ids[::2], ids[1::2])]
+
+
+def pack_pairs(tools, pairs, row_length=32, rows=None):
+    items = [
+        [
+            tools.tokens_of(ids, 0, {"pair_id": 100 + i, "chosen": chosen, "margin": margin, "source": i % 2})
+            for chosen, ids in ((1, c), (0, r))
+        ]
+        for i, (c, r, margin) in enumerate(pairs)
+    ]
+    return weigh_pairs(tools.pack(items, row_length, rows))
+
+
+def trl_loss(tools, pairs, params, centering, margin):
+    """Value, gradients and metrics of `RewardTrainer.compute_loss`; its model gives our scores of the padded batch."""
+    import torch
+    from trl import RewardTrainer
+
+    leaves = tools.torch_copy(params)
+    scores = torch.stack([tools.torch_logits(leaves, ids)[-1] for side in (0, 1) for ids in [p[side] for p in pairs]])
+    trainer = object.__new__(RewardTrainer)
+    trainer.model = types.SimpleNamespace(training=True)
+    trainer.args = types.SimpleNamespace(center_rewards_coefficient=centering)
+    trainer.accelerator = types.SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer._metrics, trainer._total_train_tokens, trainer._tp_size = {"train": collections.defaultdict(list)}, 0, 1
+    inputs = {"attention_mask": torch.ones(1)}
+    margins = {"margin": torch.tensor([p[2] for p in pairs])} if margin else {}
+    loss = trainer.compute_loss(lambda **_: types.SimpleNamespace(logits=scores), inputs | margins)
+    loss.backward()
+    gradients = {name: x.grad.numpy() for name, x in leaves.items()}
+    return loss.item(), gradients, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+@pytest.mark.parametrize(("centering", "margin"), [(0.0, False), (0.05, False), (0.0, True), (0.05, True)])
+def test_loss_and_gradient_equal_trl(tools, centering, margin):
+    model = tools.Bigram(rows=1)
+    params, pairs = model.init(3), make_pairs(tools)
+    want, want_grads, want_metrics = trl_loss(tools, pairs, params, centering, margin)
+    loss = make_reward_loss(model, centering=centering, margin=margin)
+    grads, value, metrics = tools.value_and_grad(loss, params, pack_pairs(tools, pairs))
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    tools.assert_trees_close(grads, want_grads)
+    for ours, theirs in (("accuracy", "accuracy"), ("margin", "margin"), ("score", "mean_reward")):
+        got = float(metrics[ours].total / metrics[ours].count)
+        np.testing.assert_allclose(got, want_metrics[theirs], rtol=1e-5, atol=1e-6)
