@@ -1,0 +1,131 @@
+"""White-box distillation: the student learns the teacher's distribution, not only the token it chose."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from pydantic import Field, model_validator
+
+from dqjax.config import Section
+from dqjax.losses.cross_entropy import cross_entropy
+from dqjax.losses.distillation import head_divergence, top_k_divergence
+from dqjax.sharding import Rules
+from dqjax.types import Batch, LanguageModel, Loss, Mean, Metrics, Params
+
+Tail = Literal["bucket", "renormalise"]
+
+
+class DistillConfig(Section):
+    """objective: white-box distillation. Forward and reverse KL are the toolkit's [E]; the other forms and defaults [D].
+
+    loss: `forward_kl` KL(T‖S); `reverse_kl` KL(S‖T); `jsd`, TRL's generalised Jensen-Shannon divergence by `beta`;
+      `hinton` alpha · T² · KL(T‖S) + (1 − alpha) · cross-entropy, T the temperature.
+    beta: of `jsd`: towards 0 it behaves as forward KL, towards 1 as reverse KL; 0.5 is TRL's.
+    alpha: of `hinton`.
+    temperature: softens teacher and student alike.
+    teacher: `model`, on the same mesh, or `cache`, its top-k log-probabilities by sample.
+    tail: what a cached teacher's other tokens are: one `bucket` with the mass left, or nothing (`renormalise`).
+    teacher_weights: one a teacher, summing to 1; the loss is the weighted mean of theirs.
+    """
+
+    kind: Literal["distill"] = "distill"
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "hinton"] = "forward_kl"
+    beta: float = Field(0.5, gt=0, lt=1)
+    alpha: float = Field(0.5, ge=0, le=1)
+    temperature: float = Field(1.0, gt=0)
+    teacher: Literal["model", "cache"] = "model"
+    tail: Tail = "bucket"
+    teacher_weights: tuple[float, ...] = Field((1.0,), min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if abs(sum(self.teacher_weights) - 1) > 1e-6 or min(self.teacher_weights) < 0:
+            raise ValueError(f"teacher_weights: expected shares that sum to 1, got {list(self.teacher_weights)}")
+        if self.teacher == "cache" and self.tail == "renormalise" and self.loss == "reverse_kl":
+            raise ValueError("tail: reverse KL to a renormalised top-k teacher is infinite; use bucket")
+        return self
+
+    def divergence(self) -> float:
+        """β of the divergence: 0 forward, 1 reverse."""
+        return {"forward_kl": 0.0, "hinton": 0.0, "reverse_kl": 1.0, "jsd": self.beta}[self.loss]
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTeacher:
+    """A teacher whose top-k rows travel with the batch, by place of the target.
+
+    Attributes:
+      ids: side array `[B, T, K]` of token ids, negative in empty slots.
+      logprobs: side array `[B, T, K]`, at the temperature of the loss.
+      tail: see `losses.distillation.top_k_divergence`.
+    """
+
+    ids: str = "teacher_ids"
+    logprobs: str = "teacher_logprobs"
+    tail: Tail = "bucket"
+
+
+def make_distill_loss(
+    model: LanguageModel,
+    rules: Rules,
+    teachers: Sequence[LanguageModel | CachedTeacher],
+    *,
+    weights: Sequence[float] = (1.0,),
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    hinton: float | None = None,
+    vocab: int | None = None,
+) -> Loss:
+    """Σ token_weight · Σ_i w_i D_β(teacher i, student), D as in `losses.distillation`.
+
+    With `hinton` = α it is α · T² · that + (1 − α) · cross-entropy (https://arxiv.org/abs/1503.02531, section 2), another
+    objective: T² keeps the first term's gradient of one size whatever T is.
+
+    `frozen["teachers"]` holds the parameters of the teachers that are models, in order. Metrics: `loss`, the mixed
+    divergence a token; `divergence_<i>` where there are several teachers; `cross_entropy` with `hinton`.
+
+    Args:
+      weights: w, one a teacher.
+      beta: 0 forward KL, 1 reverse KL, else the generalised Jensen-Shannon divergence.
+      vocab: tokens that student and teachers share.
+
+    Raises:
+      ValueError: not one weight a teacher.
+    """
+    if not teachers or len(weights) != len(teachers):
+        raise ValueError(f"distill: expected one weight for each of {len(teachers)} teachers (at least 1), got {len(weights)}")
+    scale = 1.0 if hinton is None else hinton * temperature**2
+
+    def loss(params: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
+        hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
+        student = hidden, model.output_table(params)
+        options = {"beta": beta, "temperature": temperature, "vocab": vocab}
+        trained = jnp.sum((batch.token_weight != 0).astype(jnp.float32))
+        parameters = iter(frozen["teachers"] if frozen else ())
+        total, mixed, metrics = jnp.zeros(()), jnp.zeros(()), {}
+        for i, (teacher, share) in enumerate(zip(teachers, weights)):
+            if isinstance(teacher, CachedTeacher):
+                rows = batch.side[teacher.ids], batch.side[teacher.logprobs]
+                part, values = top_k_divergence(
+                    *student, *rows, batch.token_weight, rules, tail=teacher.tail, **options
+                )
+            else:
+                theirs = next(parameters)
+                states, _ = teacher.apply(theirs, batch.tokens, batch.positions, batch.segment_ids)
+                part, values = head_divergence(
+                    *student, states, teacher.output_table(theirs), batch.token_weight, rules, **options
+                )
+            total += share * scale * part
+            mixed += share * jnp.sum(values)
+            if len(teachers) > 1:
+                metrics[f"divergence_{i}"] = Mean(jnp.sum(values), trained)
+        metrics["loss"] = Mean(mixed, trained)
+        if hinton is not None:
+            part, logprob = cross_entropy(*student, batch, rules, vocab=vocab)
+            total += (1 - hinton) * part
+            metrics["cross_entropy"] = Mean(-jnp.sum(logprob), trained)
+        return total, metrics
+
+    return loss
