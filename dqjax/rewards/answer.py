@@ -52,8 +52,8 @@ class AnswerGrader:
         open_ = [i for i, grade in enumerate(grades) if grade is None]
         requests = [_request(completions[i]) for i in open_]
         for i, request, reply in zip(open_, requests, self._workers.map(requests)):
-            detail = request["prediction"] if request["stated"] else ""
-            grades[i] = could_not(f"math-verify: {reply.failed}") if reply.failed else Grade(float(reply.value), detail)
+            stated = request["prediction"] if request["stated"] else None
+            grades[i] = could_not(f"math-verify: {reply.failed}") if reply.failed else Grade(float(reply.value), stated)
         return grades
 
     def close(self) -> None:
@@ -65,13 +65,13 @@ class AnswerGrader:
         if problem.answer is None:
             return could_not("the problem has no reference answer")
         if not response.closed:
-            return Grade(0.0, "no answer: the think block never closes")
+            return Grade(0.0, detail="the think block never closes")
         if not response.answer.strip():
-            return Grade(0.0, "no answer behind the think block")
+            return Grade(0.0, detail="no answer behind the think block")
         match kind_of(completion, self._config.kind):
             case "choice":
                 chosen = extract.choice(response.answer, choice_letters(completion))
-                return Grade(float(chosen == problem.answer.strip(" ().").upper()), chosen or "no choice")
+                return Grade(float(chosen == problem.answer.strip(" ().").upper()), chosen)
             case "number":
                 stated = extract.final_answer(response.answer)
                 value = extract.number(stated) if stated is not None else None
@@ -81,7 +81,7 @@ class AnswerGrader:
                 reference = extract.number(problem.answer)
                 if reference is None:
                     return could_not(f"the reference answer {problem.answer!r} is no number")
-                return Grade(float(value is not None and self._near(value, reference)), str(value))
+                return Grade(float(value is not None and self._near(value, reference)), None if value is None else str(value))
             case "exact":
                 stated = _statement(completion)
                 return Grade(float(same_text(stated, problem.answer)), stated)

@@ -46,7 +46,7 @@ class TaskGrader:
             if task_of(c.problem) is None:
                 grades.append(could_not("no reasoning-gym task: extra['metadata']['source_dataset'] is missing"))
             else:
-                grades.append(None if c.response.closed else Grade(0.0, "no answer: the think block never closes"))
+                grades.append(None if c.response.closed else Grade(0.0, detail="the think block never closes"))
         open_ = [i for i, grade in enumerate(grades) if grade is None]
         requests = [_request(completions[i]) for i in open_]
         for i, request, reply in zip(open_, requests, self._workers.map(requests)):

@@ -76,11 +76,13 @@ class Grade:
 
     Attributes:
       score: the reward; 0 where `failed` is set.
-      detail: what it saw (the extracted answer, the failing test), for records and for reading.
+      answer: the answer that was read out of the completion; None where there is none. Majority votes count these.
+      detail: what else a reader should know (why there is no answer, the failing test).
       failed: why it could not grade; None where it could. A wrong answer is a grade, not a failure.
     """
 
     score: float
+    answer: str | None = None
     detail: str = ""
     failed: str | None = None
 
