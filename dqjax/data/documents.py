@@ -28,7 +28,7 @@ from dqjax.config import ConfigError
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import ColumnsConfig, DataConfig, SourceConfig
 from dqjax.data.records import BadRow, Record, question_key
-from dqjax.data.sources import RawRow, Rejected, fingerprint, merge_columns, parse_raw, read_rows
+from dqjax.data.sources import RawRow, Rejected, fingerprint, merge_columns, read_rows, records_in
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,12 @@ class Documents:
         """[n] the token ids of a document."""
         start = self.start[document]
         return np.asarray(self.tokens[self.source[document]][start : start + self.lengths[document]])
+
+    def take(self, numbers: np.ndarray) -> "Documents":
+        """These documents alone, numbered anew; their tokens are not copied."""
+        names = ("start", "lengths", "answer_start", "difficulty", "question", "source")
+        arrays = {name: getattr(self, name)[numbers] for name in names}
+        return dataclasses.replace(self, **arrays, ids=[self.ids[n] for n in numbers.tolist()])
 
     def prompt(self, document: int) -> np.ndarray:
         """[n] the token ids of a document's prompt."""
@@ -299,7 +305,7 @@ class _ChunkWork:
     def __call__(self, raws: Sequence[RawRow]) -> _Chunk:
         rejected, records = [], []
         for raw in raws:
-            for item in parse_raw(raw, self.columns, self.label):
+            for item in records_in(raw, self.columns, self.label):
                 rejected.append(item) if isinstance(item, Rejected) else records.append((raw, item))
         modes = [turn_mode(record, self.config) for _, record in records]
         turns, owners = [], []

@@ -12,7 +12,7 @@ from dqjax.data.chat import ChatFormat
 from dqjax.data.config import ColumnsConfig, DataConfig, SourceConfig
 from dqjax.data.documents import turn_mode
 from dqjax.data.records import BadRow, detect_form
-from dqjax.data.sources import Rejected, decode, parse_raw, read_rows
+from dqjax.data.sources import Rejected, decode, read_rows, records_in
 from dqjax.data.tokenizer import load_tokenizer
 
 HELP = "print the form of a data file, its lengths in tokens, and a row with its loss mask"
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         if rows == args.rows:
             break
         rows += 1
-        for item in parse_raw(raw, ColumnsConfig(), source.label):
+        for item in records_in(raw, ColumnsConfig(), source.label):
             if isinstance(item, Rejected):
                 reasons[item.reason] += 1
                 continue

@@ -10,6 +10,7 @@ builds the rows at its own positions of the global batch, and knows the global c
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,92 +22,14 @@ from dqjax.config import ConfigError
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import DataConfig, SourceConfig, StageConfig
 from dqjax.data.documents import Documents, load_documents
-from dqjax.data.pack import Reduction, RowPlan, Tokens, best_fit_decreasing, pack_rows
+from dqjax.data.pack import Reduction, Tokens, pack_rows
+from dqjax.data.rows import PackedRows, plan_rows
+from dqjax.data.split import hold_out, in_stage, weigh, without_questions
 from dqjax.types import Batch
 
 log = logging.getLogger(__name__)
 
 _ENDLESS = 1 << 40  # batches of a run without an end, as a length that grain can take
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PackedRows:
-    """Documents, or pieces of them, planned into rows.
-
-    Attributes:
-      documents: where the tokens are.
-      document, begin, end: [P] piece p is tokens begin..end of a document.
-      plan: rows of pieces.
-      train_on_prompt: prompts are in the loss.
-      stage: curriculum stage, a side value.
-      row_length: T.
-    """
-
-    documents: Documents
-    document: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
-    plan: RowPlan
-    train_on_prompt: bool
-    stage: int
-    row_length: int
-    trained_tokens: np.ndarray = dataclasses.field(init=False)  # [R]
-    trained_sequences: np.ndarray = dataclasses.field(init=False)  # [R]
-
-    def __post_init__(self):
-        counts = _trained_counts(self.documents, self.document, self.begin, self.end, self.train_on_prompt)
-        object.__setattr__(self, "trained_tokens", self.plan.sums(counts))
-        object.__setattr__(self, "trained_sequences", self.plan.sums(counts > 0))
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def row(self, r: int) -> list[Tokens]:
-        """The sequences of row r. Their side values: `row` (document number), `source`, `stage`."""
-        return [self._piece(p) for p in self.plan[r].tolist()]
-
-    def _piece(self, p: int) -> Tokens:
-        d, begin, end = int(self.document[p]), int(self.begin[p]), int(self.end[p])
-        first = 0 if self.train_on_prompt else int(self.documents.answer_start[d])
-        return Tokens(
-            ids=self.documents.ids_of(d)[begin:end],
-            trained=np.arange(begin, end) >= first,
-            values={"row": d, "source": int(self.documents.source[d]), "stage": self.stage},
-        )
-
-
-def plan_rows(
-    documents: Documents, chosen: np.ndarray, *, row_length: int, too_long: str, train_on_prompt: bool = False, stage: int = 0
-) -> tuple[PackedRows, int]:
-    """Packs the documents numbered `chosen` (a number may occur twice) into rows.
-
-    Args:
-      too_long: `drop`, `truncate` or `split`, for documents over `row_length`. What is left without a trained token,
-        such as a prompt that fills the row, is dropped.
-
-    Returns:
-      The rows, and how many of `chosen` were too long.
-    """
-    lengths = documents.lengths[chosen]
-    long = lengths > row_length
-    if too_long == "split":
-        pieces = -(-lengths // row_length)
-        document = np.repeat(chosen, pieces)
-        part = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        begin = part * row_length
-    else:
-        document = chosen[~long] if too_long == "drop" else chosen
-        begin = np.zeros(len(document), np.int64)
-    end = np.minimum(begin + row_length, documents.lengths[document])
-    learns = _trained_counts(documents, document, begin, end, train_on_prompt) > 0
-    document, begin, end = document[learns], begin[learns], end[learns]
-    plan = best_fit_decreasing(end - begin, row_length)
-    return PackedRows(documents, document, begin, end, plan, train_on_prompt, stage, row_length), int(long.sum())
-
-
-def _trained_counts(documents, document, begin, end, train_on_prompt) -> np.ndarray:
-    first = 0 if train_on_prompt else documents.answer_start[document]
-    return np.maximum(end - np.maximum(begin + 1, first), 0)  # a piece's first token is nobody's target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +80,7 @@ class Loader:
         self._prefetch, self._pad_id = prefetch, pad_id
         self._position = 0  # rows consumed since the start of training
         self._batches: Any = None
+        self._order = functools.lru_cache(maxsize=4)(self._make_order)  # a batch may span epochs
 
     @property
     def total_rows(self) -> int | None:
@@ -261,8 +185,11 @@ class Loader:
 
     def _shuffled(self, epoch: int, r: int) -> int:
         """The plan's row at place r of an epoch: grain's permutation, which needs no table."""
+        return int(self._order(epoch)[r])
+
+    def _make_order(self, epoch: int) -> grain.MapDataset:
         seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-        return int(grain.MapDataset.range(len(self._stage_of(epoch).rows)).shuffle(seed=seed)[r])
+        return grain.MapDataset.range(len(self._stage_of(epoch).rows)).shuffle(seed=seed)
 
 
 class _Batches:
@@ -280,6 +207,8 @@ class _Batches:
 
 class Evaluation:
     """Held-out rows in a fixed order; iterating yields batches, the last filled up with empty rows.
+
+    `documents` are the held-out ones; the side value `row` numbers them.
 
     `token_weight` is normalised over the whole set: the weighted sums of all batches add up to the mean over all tokens.
     """
@@ -303,7 +232,14 @@ class Evaluation:
             yield _pack_local(local, rows.row_length, rows.plan.columns, "token_mean", totals, self._pad_id)
 
 
-def _pack_local(local, row_length, columns, reduction, totals, pad_id) -> Batch:
+def _pack_local(
+    local: Sequence[Sequence[Tokens]],
+    row_length: int,
+    columns: int,
+    reduction: Reduction,
+    totals: tuple[int, int],
+    pad_id: int,
+) -> Batch:
     batch = pack_rows(local, row_length, columns=columns, reduction=reduction, totals=totals, pad_id=pad_id)
     if not batch.side:  # all rows are empty: the tree must not change with that
         nothing = np.full((len(local), columns), -1, np.int32)
@@ -350,14 +286,24 @@ def open_training_data(
     """
     chat = ChatFormat.of(tokenizer)
     documents = load_documents(config, config.sources, chat)
-    held_out, train, counts = _split(config, documents, chat)
-    rng = np.random.default_rng([config.seed, 1])
-    train = _weigh(config.sources, documents.source, train, rng)
+    held, train = None, np.arange(len(documents))
+    counts: dict[str, int] = {}
+    if isinstance(config.validation, str):
+        source = SourceConfig(path=config.validation)
+        held = load_documents(config.model_copy(update={"quarantine": None}), [source], chat)
+        train = without_questions(documents, held)
+        counts["overlap_removed"] = len(documents) - len(train)
+    elif config.validation is not None:
+        out, train = hold_out(documents, config.validation, config.seed)
+        held = documents.take(out)
+    if not len(train):
+        raise ConfigError("data: every training document asks a held-out question")
+    train = weigh(config.sources, documents.source, train, config.seed)
     options = {"row_length": config.row_length, "too_long": config.too_long, "train_on_prompt": config.train_on_prompt}
     stages, too_long, packed = [], 0, 0
     wanted = config.curriculum.stages if config.curriculum is not None else (StageConfig(),)
     for i, stage in enumerate(wanted):
-        chosen = train[_in_stage(stage, documents.difficulty[train])]
+        chosen = train[in_stage(stage, documents.difficulty[train])]
         rows, long = plan_rows(documents, chosen, stage=i, **options)
         if not len(rows):
             raise ConfigError(f"data: curriculum stage {i} ({stage.at_least} to {stage.below}) has no document to train on")
@@ -368,70 +314,16 @@ def open_training_data(
         done = {"drop": "dropped", "truncate": "cut", "split": "split"}[config.too_long]
         said = f"{too_long} of {packed} documents ({share:.1%}) are over data.row_length = {config.row_length} and were {done}"
         (log.warning if share > 0.05 else log.info)("%s", said)
-    pad = {"pad_id": tokenizer.pad_token_id}
-    loader = Loader(
-        stages,
-        batch_rows=batch_rows,
-        seed=config.seed,
-        local_rows=local_rows,
-        reduction=reduction,
-        prefetch=config.prefetch,
-        **pad,
-    )
+    placing = {"batch_rows": batch_rows, "local_rows": local_rows, "pad_id": tokenizer.pad_token_id}
+    loader = Loader(stages, seed=config.seed, reduction=reduction, prefetch=config.prefetch, **placing)
     validation = None
-    if held_out is not None:
-        rows, _ = plan_rows(held_out[0], held_out[1], **options)
+    if held is not None:
+        rows, _ = plan_rows(held, np.arange(len(held)), **options)
         if not len(rows):
             raise ConfigError("data.validation: no held-out document fits into a row")
-        validation = Evaluation(rows, batch_rows=batch_rows, local_rows=local_rows, **pad)
+        validation = Evaluation(rows, **placing)
+        counts["held_out"] = len(held)
     counts |= {"documents": packed, "rows": sum(len(s.rows) for s in stages), "too_long": too_long}
     return TrainingData(loader, validation, documents, documents.sources, counts)
 
 
-def _split(
-    config: DataConfig, documents: Documents, chat: ChatFormat
-) -> tuple[tuple[Documents, np.ndarray] | None, np.ndarray, dict[str, int]]:
-    """((documents, numbers) held out, numbers to train on, counts); no question is on both sides."""
-    everything = np.arange(len(documents))
-    if config.validation is None:
-        return None, everything, {}
-    if isinstance(config.validation, str):
-        source = SourceConfig(path=config.validation)
-        held = load_documents(config.model_copy(update={"quarantine": None}), [source], chat)
-        overlap = np.isin(documents.question, held.question)
-        if overlap.any():
-            log.warning("%d training documents ask a held-out question and were removed", overlap.sum())
-        counts = {"held_out": len(held), "overlap_removed": int(overlap.sum())}
-        return (held, np.arange(len(held))), everything[~overlap], counts
-    out = _question_draw(documents.question, config.seed) < config.validation
-    if not out.any() or out.all():
-        raise ConfigError(f"data.validation: a share of {config.validation:g} leaves one side of {len(out)} documents empty")
-    return (documents, everything[out]), everything[~out], {"held_out": int(out.sum())}
-
-
-def _question_draw(question: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each question hash, mixed with the seed (the finaliser of splitmix64)."""
-    x = question.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 & (2**64 - 1))
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
-
-
-def _weigh(sources: Sequence[SourceConfig], source: np.ndarray, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`chosen` with each source taken `weight` times, or as often as its `share` of as many documents says."""
-    taken = []
-    for i, config in enumerate(sources):
-        mine = chosen[source[chosen] == i]
-        weight = config.weight if config.share is None else config.share * len(chosen) / max(len(mine), 1)
-        whole, rest = divmod(weight, 1)
-        taken += [mine] * int(whole) + [np.sort(rng.permutation(mine)[: round(rest * len(mine))])]
-    return np.concatenate(taken)
-
-
-def _in_stage(stage: StageConfig, difficulty: np.ndarray) -> np.ndarray:
-    inside = np.ones(len(difficulty), bool)
-    if stage.at_least is not None:
-        inside &= difficulty >= stage.at_least
-    if stage.below is not None:
-        inside &= difficulty < stage.below
-    return inside

@@ -53,16 +53,21 @@ def read_records(source: SourceConfig, columns: ColumnsConfig = ColumnsConfig())
     """The records of a source; what cannot be used comes as `Rejected`, in its place."""
     columns = merge_columns(columns, source.columns)
     for raw in read_rows(source):
-        yield from parse_raw(raw, columns, source.label)
+        yield from records_in(raw, columns, source.label)
 
 
-def parse_raw(raw: RawRow, columns: ColumnsConfig, label: str) -> list[Record | Rejected]:
+def records_in(raw: RawRow, columns: ColumnsConfig, label: str) -> list[Record | Rejected]:
     """The records of a raw row, and what cannot be used of it."""
     try:
-        parsed = parse_row(decode(raw), columns=columns, source=label)
+        parsed = parse_raw(raw, columns, label)
     except BadRow as bad:
         parsed = [bad]
     return [Rejected(raw.file, raw.line, str(item)) if isinstance(item, BadRow) else item for item in parsed]
+
+
+def parse_raw(raw: RawRow, columns: ColumnsConfig, label: str) -> list[Record | BadRow]:
+    """`parse_row` of a raw row, decoded."""
+    return parse_row(decode(raw), columns=columns, source=label)
 
 
 def decode(raw: RawRow) -> Any:

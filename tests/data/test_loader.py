@@ -226,11 +226,13 @@ def test_train_on_prompt(open_data):
 def test_held_out_share_is_disjoint_by_question(open_data):
     twins = rows(40) + [row | {"id": row["id"] + "b", "prompt": row["prompt"].upper() + " "} for row in rows(40)]
     data = open_data(twins, validation=0.2)
-    held = set(seen(data.validation))
-    train = set(seen(take(data.loader, data.counts["rows"])))
+    held = {data.validation.documents.ids[r] for r in seen(data.validation)}
+    train = {data.documents.ids[r] for r in seen(take(data.loader, data.counts["rows"]))}
     assert held and not held & train and len(held | train) == 80
-    assert {r % 40 for r in held}.isdisjoint({r % 40 for r in train})
-    assert data.counts["held_out"] == len(held)
+    assert {i.rstrip("b") for i in held}.isdisjoint({i.rstrip("b") for i in train})
+    assert data.counts["held_out"] == len(held) == len(data.validation.documents)
+    first = data.validation.documents
+    assert first.prompt(0).tolist() == first.ids_of(0).tolist()[: first.answer_start[0]]
 
 
 def test_a_held_out_file_removes_its_questions_from_training(open_data, write_rows, caplog):

@@ -1,0 +1,90 @@
+"""Documents planned into packed rows: what happens to the too long ones, and what each row teaches."""
+
+import dataclasses
+
+import numpy as np
+
+from dqjax.data.documents import Documents
+from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Documents, or pieces of them, planned into rows.
+
+    Attributes:
+      documents: where the tokens are.
+      document, begin, end: [P] piece p is tokens begin..end of a document.
+      plan: rows of pieces.
+      train_on_prompt: prompts are in the loss.
+      stage: curriculum stage, a side value.
+      row_length: T.
+    """
+
+    documents: Documents
+    document: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    plan: RowPlan
+    train_on_prompt: bool
+    stage: int
+    row_length: int
+    trained_tokens: np.ndarray = dataclasses.field(init=False)  # [R]
+    trained_sequences: np.ndarray = dataclasses.field(init=False)  # [R]
+
+    def __post_init__(self):
+        counts = _trained_counts(self.documents, self.document, self.begin, self.end, self.train_on_prompt)
+        object.__setattr__(self, "trained_tokens", self.plan.sums(counts))
+        object.__setattr__(self, "trained_sequences", self.plan.sums(counts > 0))
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def row(self, r: int) -> list[Tokens]:
+        """The sequences of row r. Their side values: `row` (document number), `source`, `stage`."""
+        return [self._piece(p) for p in self.plan[r].tolist()]
+
+    def _piece(self, p: int) -> Tokens:
+        d, begin, end = int(self.document[p]), int(self.begin[p]), int(self.end[p])
+        first = 0 if self.train_on_prompt else int(self.documents.answer_start[d])
+        return Tokens(
+            ids=self.documents.ids_of(d)[begin:end],
+            trained=np.arange(begin, end) >= first,
+            values={"row": d, "source": int(self.documents.source[d]), "stage": self.stage},
+        )
+
+
+def plan_rows(
+    documents: Documents, chosen: np.ndarray, *, row_length: int, too_long: str, train_on_prompt: bool = False, stage: int = 0
+) -> tuple[PackedRows, int]:
+    """Packs the documents numbered `chosen` (a number may occur twice) into rows.
+
+    Args:
+      too_long: `drop`, `truncate` or `split`, for documents over `row_length`. What is left without a trained token,
+        such as a prompt that fills the row, is dropped.
+
+    Returns:
+      The rows, and how many of `chosen` were too long.
+    """
+    lengths = documents.lengths[chosen]
+    long = lengths > row_length
+    if too_long == "split":
+        pieces = -(-lengths // row_length)
+        document = np.repeat(chosen, pieces)
+        part = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        begin = part * row_length
+    else:
+        document = chosen[~long] if too_long == "drop" else chosen
+        begin = np.zeros(len(document), np.int64)
+    end = np.minimum(begin + row_length, documents.lengths[document])
+    learns = _trained_counts(documents, document, begin, end, train_on_prompt) > 0
+    document, begin, end = document[learns], begin[learns], end[learns]
+    plan = best_fit_decreasing(end - begin, row_length)
+    return PackedRows(documents, document, begin, end, plan, train_on_prompt, stage, row_length), int(long.sum())
+
+
+def _trained_counts(
+    documents: Documents, document: np.ndarray, begin: np.ndarray, end: np.ndarray, train_on_prompt: bool
+) -> np.ndarray:
+    first = 0 if train_on_prompt else documents.answer_start[document]
+    return np.maximum(end - np.maximum(begin + 1, first), 0)  # a piece's first token is nobody's target
