@@ -1,13 +1,13 @@
 """python -m dqjax.data COMMAND: the data commands, each a module with HELP, EXAMPLE, add_arguments and run."""
 
 import argparse
-import logging
+import os
 import sys
 
 import dqjax.data.collect
 import dqjax.data.inspect
 import dqjax.data.train_tokenizer
-from dqjax.config import ConfigError
+from dqjax.commands import run_command
 
 COMMANDS = {
     "inspect": dqjax.data.inspect,
@@ -29,15 +29,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         module.add_arguments(command)
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    return run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         COMMANDS[args.command].run(args)
-    except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` closed the pipe: not an error of ours
-        sys.stderr.close()
-        return 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` closed the pipe: no error of ours, and nothing left to write to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

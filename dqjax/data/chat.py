@@ -132,7 +132,11 @@ class ChatFormat:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts; nothing is added to them."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        # not verbose: a document over the tokenizer's model_max_length is data.row_length's business
+        made = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return made["input_ids"]
 
     def turns(self, records: Sequence[Record], modes: Sequence[str]) -> list[list[Turn] | BadRow]:
         """The training documents of each record: one an assistant turn, each rendered as it is served.

@@ -7,6 +7,7 @@ drawn, then the rows, each written to the split of its question. So the chains o
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -34,7 +35,8 @@ class CollectConfig(Section):
     out: folder for the files.
     sources: as in a training config; `weight` and `share` have no effect here.
     columns: column names for all sources.
-    test: problems to hold out into test.jsonl, as prompt and answer, without chains.
+    test: problems to hold out into test.jsonl, as prompt and answer without chains (rows without a reference answer as
+      they are).
     validation: problems to hold out into validation files, in the form of the training files.
     train: problems in the training files at most; by default all that are left.
     chain_styles: for `chain_sum` problems, one training and validation file for each of these styles.
@@ -74,12 +76,12 @@ def collect(config: CollectConfig) -> dict[str, int]:
     write_rejected(rejected, len(keys) + len(rejected), max_share=config.max_bad_share, path=str(out / "rejected.jsonl"))
     split_of = _draw_splits(np.unique(np.array(keys, np.int64)), config)
     counts: Counter[str] = Counter(unusable=len(rejected))
-    seen: set[tuple[str, ...]] = set()
+    seen: set[bytes] = set()
     with _Files(out) as files:
         for record in _records(config):
             if isinstance(record, Rejected) or (split := split_of.get(question_key(record))) is None:
                 continue
-            if (said := tuple(m.content + (m.reasoning or "") for m in record.messages)) in seen:
+            if (said := _digest(record)) in seen:
                 counts["duplicates"] += 1
                 continue
             seen.add(said)
@@ -102,6 +104,12 @@ def run(args: argparse.Namespace) -> None:
 def _records(config: CollectConfig) -> Iterator[Record | Rejected]:
     for source in config.sources:
         yield from read_records(source, config.columns)
+
+
+def _digest(record: Record) -> bytes:
+    """Equal for records that say the same, whatever their ids."""
+    said = json.dumps([dataclasses.astuple(m) for m in (*record.messages, record.chosen, record.rejected) if m])
+    return hashlib.blake2b(said.encode(), digest_size=16).digest()
 
 
 def _draw_splits(keys: np.ndarray, config: CollectConfig) -> dict[int, str]:

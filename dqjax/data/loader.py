@@ -301,14 +301,18 @@ def open_training_data(
     train = weigh(config.sources, documents.source, train, config.seed)
     options = {"row_length": config.row_length, "too_long": config.too_long, "train_on_prompt": config.train_on_prompt}
     stages, too_long, packed = [], 0, 0
+    unused = np.ones(len(train), bool)
     wanted = config.curriculum.stages if config.curriculum is not None else (StageConfig(),)
     for i, stage in enumerate(wanted):
-        chosen = train[in_stage(stage, documents.difficulty[train])]
+        inside = in_stage(stage, documents.difficulty[train])
+        chosen, unused = train[inside], unused & ~inside
         rows, long = plan_rows(documents, chosen, stage=i, **options)
         if not len(rows):
             raise ConfigError(f"data: curriculum stage {i} ({stage.at_least} to {stage.below}) has no document to train on")
         stages.append(Stage(rows, stage.epochs if config.curriculum is not None else None))
         too_long, packed = too_long + long, packed + len(chosen)
+    if unused.any():
+        log.warning("%d of %d documents are in no stage of the curriculum", unused.sum(), len(train))
     share = too_long / packed
     if too_long:
         done = {"drop": "dropped", "truncate": "cut", "split": "split"}[config.too_long]

@@ -4,13 +4,17 @@ import logging
 import threading
 import time
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
 
 from dqjax.config import ConfigError
 from dqjax.data.config import DataConfig
+from dqjax.data.documents import Documents
 from dqjax.data.loader import Loader, Stage, open_training_data
+from dqjax.data.rows import plan_rows
 
 
 def rows(count, start=0, **more):
@@ -179,6 +183,11 @@ def test_an_empty_stage_and_a_curriculum_column(open_data):
     assert data.counts["documents"] == 9
 
 
+def test_documents_in_no_stage_are_said(open_data, caplog):
+    open_data([*rows(20), {"prompt": "x", "response": "y"}], curriculum={"stages": [{"below": 3}, {"at_least": 3}]})
+    assert "1 of 21 documents are in no stage" in caplog.text
+
+
 LONG = [{"id": "long", "prompt": "What is it?", "response": "0123456789" * 30}]
 
 
@@ -278,3 +287,49 @@ def test_what_a_loader_refuses(open_data):
         Loader([Stage(stage.rows, None), stage], batch_rows=4, seed=0)
     with pytest.raises(ValueError, match="at least one row"):
         Loader([], batch_rows=4, seed=0)
+
+
+def invented_documents(lengths, prompts):
+    lengths = np.array(lengths, np.int64)
+    return Documents(
+        tokens=(np.arange(lengths.sum(), dtype=np.int32),),
+        start=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        answer_start=np.array(prompts, np.int32),
+        difficulty=np.full(len(lengths), np.nan),
+        question=np.arange(len(lengths)),
+        source=np.zeros(len(lengths), np.int32),
+        ids=[str(d) for d in range(len(lengths))],
+        sources=("x",),
+    )
+
+
+@hypothesis.given(st.data())
+def test_any_split_over_hosts_and_any_stop_gives_the_same_batches(data):
+    lengths = data.draw(st.lists(st.integers(2, 20), min_size=1, max_size=15))
+    prompts = [data.draw(st.integers(1, n)) for n in lengths]
+    prompts[0] = 1  # something to learn
+    documents = invented_documents(lengths, prompts)
+    planned, _ = plan_rows(documents, np.arange(len(lengths)), row_length=16, too_long=data.draw(st.sampled_from(["truncate", "split"])))
+    stages = [Stage(planned, data.draw(st.integers(1, 3))), Stage(planned, None)]
+    batch_rows, at = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 6))
+    host_of = data.draw(st.lists(st.integers(0, 2), min_size=batch_rows, max_size=batch_rows))
+
+    def loader(local_rows=None):
+        return Loader(stages, batch_rows=batch_rows, seed=7, local_rows=local_rows, prefetch=1)
+
+    straight = loader()
+    whole = take(straight, at + 1)[-1]
+    state = loader()
+    take(state, at)
+    for host in range(3):
+        mine = [i for i, h in enumerate(host_of) if h == host]
+        if mine:
+            resumed = loader(mine)
+            resumed.set_state(state.get_state())
+            equal(resumed.next(), jax.tree.map(lambda x: x[mine], whole))
+            resumed.close()
+    counted = loader().batch_at(0)
+    if (counted.token_weight > 0).any():
+        np.testing.assert_allclose(counted.token_weight.sum(), 1, rtol=1e-5)
+    straight.close(), state.close()
