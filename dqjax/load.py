@@ -131,8 +131,11 @@ def write_model_files(model: Model, folder: pathlib.Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def start_jax() -> None:
+def start_jax(compilation_cache: pathlib.Path | None = None) -> None:
     """Joins the other processes of the job, if the environment names them, and says what it runs on.
+
+    Compiled programs are kept in `compilation_cache`, unless JAX_COMPILATION_CACHE_DIR names another folder: a run that is
+    preempted compiles once, not at every start.
 
     Processes meet through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or through what jax finds by
     itself on a TPU pod or under SLURM with more than one task.
@@ -145,6 +148,8 @@ def start_jax() -> None:
         )
     elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         jax.distributed.initialize()
+    if compilation_cache is not None and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache.resolve()))
     devices = jax.devices()
     if devices[0].platform == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         log.warning("no accelerator found: running on the CPU (set JAX_PLATFORMS=cpu to say that this is meant)")

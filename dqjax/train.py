@@ -5,6 +5,7 @@
       model/                    config.json, tokenizer files, licence of the base
       checkpoints/step_*/       parameters, optimizer, data state, with manifests
       metrics.jsonl tensorboard/ samples.jsonl quarantine.jsonl
+      compilations/             compiled programs, so that a restart does not compile again
 
 A run started again in its folder goes on where its newest intact checkpoint left it.
 """
@@ -333,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file")
     arguments = parser.parse_args(argv)
     config = load_config(Config, arguments.config, arguments.overrides)
-    start_jax()
+    start_jax(pathlib.Path(config.train.run_dir) / "compilations")
     return train(config)
 
 

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
-
 from dqjax.types import Params
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Everything a training step rewrites; donated to it.
+    """Everything a training step rewrites; donated to it. Trees of shapes and of shardings take the same form.
 
     Attributes:
       step: `[]` int32, steps taken (skipped ones included).
@@ -24,10 +22,10 @@ class State:
       key: base key of the run (raw uint32 data); step n draws from `fold_in(key, n)`.
     """
 
-    step: Int[Array, ""]
-    params: Params
+    step: Any
+    params: Any
     opt_state: Any
-    key: Array
+    key: Any
 
 
 def state_shardings(optimizer: optax.GradientTransformation, shapes: Any, shardings: Any) -> State:

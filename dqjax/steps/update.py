@@ -27,7 +27,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, *, accumulate
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         grads, value, metrics = accumulated_gradients(loss, state.params, frozen, batch, key, accumulate)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
