@@ -1,6 +1,7 @@
 """What must not change a result: the cache, chunks, rematerialisation, the mesh; and what decoding must not cost."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,15 @@ def one_device():
     return Rules(make_mesh(devices=jax.devices()[:1]))
 
 
-def noisy(decoder, seed=0):
-    """Random parameters with norms and biases away from 1 and 0."""
-    params = decoder.init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+def noisy(decoder):
+    """Random parameters, norms and biases too; by numpy, since jax would compile a generator for every shape."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = 0.1 * rng.standard_normal(leaf.shape, np.float32)
+        return 1 + noise if path[-1].key == "scale" else noise
+
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, decoder.shapes()), decoder.shardings())
 
 
 def packed_rows(rows=4, length=16, vocab=96):
@@ -96,13 +100,17 @@ def assert_close(a, b, tolerance=1e-4):
         np.testing.assert_allclose(np.asarray(x) / scale, np.asarray(y) / scale, rtol=0, atol=tolerance, err_msg=str(path))
 
 
+@functools.cache
+def on_one_device(config):
+    """`scalar_and_gradients` of eight packed rows, without a mesh."""
+    decoder = Decoder(config, one_device())
+    return scalar_and_gradients(decoder, noisy(decoder), packed_rows(rows=8))
+
+
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_remat_changes_no_gradient(remat):
-    plain = Decoder(TINY, one_device())
-    params, rows = noisy(plain), packed_rows()
-    assert_close(
-        scalar_and_gradients(dataclasses.replace(plain, remat=remat), params, rows), scalar_and_gradients(plain, params, rows)
-    )
+    decoder = Decoder(TINY, one_device(), remat=remat)
+    assert_close(scalar_and_gradients(decoder, noisy(decoder), packed_rows(rows=8)), on_one_device(TINY))
 
 
 SPLITS = [  # key-value heads fewer than the tensor axis; six query heads on four or eight devices: not split
@@ -120,25 +128,22 @@ SPLITS = [  # key-value heads fewer than the tensor axis; six query heads on fou
 @pytest.mark.parametrize("heads, kv_heads, mesh", SPLITS, ids=str)
 def test_sharded_equals_one_device(heads, kv_heads, mesh):
     config = dataclasses.replace(TINY, num_heads=heads, num_kv_heads=kv_heads)
-    single, split = Decoder(config, one_device()), Decoder(config, Rules(make_mesh(**mesh)))
-    params, rows = noisy(single), packed_rows(rows=8)
-    placed = jax.device_put(params, split.shardings())
-    assert_close(scalar_and_gradients(split, placed, rows), scalar_and_gradients(single, params, rows))
+    decoder = Decoder(config, Rules(make_mesh(**mesh)))
+    assert_close(scalar_and_gradients(decoder, noisy(decoder), packed_rows(rows=8)), on_one_device(config))
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "data": 4}, {"fsdp": 2, "tensor": 4}], ids=str)
 def test_sharded_cache_equals_one_device(mesh):
     single, split = Decoder(TINY, one_device()), Decoder(TINY, Rules(make_mesh(**mesh)))
-    params = noisy(single)
     tokens = jax.random.randint(jax.random.key(2), (8, 6), 0, 96)
     positions = jnp.broadcast_to(jnp.arange(6), (8, 6))
     results = []
     for decoder in (single, split):
-        placed = jax.device_put(params, decoder.shardings())
+        params = noisy(decoder)
         cache = make_cache(TINY, decoder.rules, rows=8, capacity=8, dtype=jnp.float32)
         for a, b in ((0, 5), (5, 6)):
             part = tokens[:, a:b], positions[:, a:b], jnp.ones((8, b - a), jnp.int32)
-            hidden, cache = jax.jit(decoder.apply)(placed, *part, cache)
+            hidden, cache = jax.jit(decoder.apply)(params, *part, cache)
         results.append(np.asarray(hidden))
     np.testing.assert_allclose(*results, rtol=0, atol=2e-5)
 
@@ -168,14 +173,14 @@ def test_bfloat16_compute_keeps_float32_parameters():
     decoder = Decoder(TINY, one_device(), dtype=jnp.bfloat16)
     params, rows = noisy(decoder), packed_rows()
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    hidden, _ = decoder.apply(params, *rows)
-    exact, _ = dataclasses.replace(decoder, dtype=jnp.float32).apply(params, *rows)
+    hidden, _ = jax.jit(decoder.apply)(params, *rows)
+    exact, _ = jax.jit(dataclasses.replace(decoder, dtype=jnp.float32).apply)(params, *rows)
     assert hidden.dtype == jnp.bfloat16
     error = jnp.abs(hidden.astype(jnp.float32) - exact)[rows[2] > 0]
     assert jnp.mean(error) < 0.03 * jnp.mean(jnp.abs(exact)), jnp.mean(error)
 
 
-def decode_memory(decoder, devices_of, rows, capacity):
+def decode_memory(decoder, rows, capacity):
     """memory_analysis of one decoding step with a donated cache, and the cache's bytes on a device."""
     config, rules = decoder.config, decoder.rules
     shape = (rows, capacity, config.num_kv_heads, config.head_dim)
@@ -206,6 +211,6 @@ def test_decoding_on_tpu_updates_the_cache_in_place():
 
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
     rules = Rules(make_mesh(data=2, tensor=2, devices=devices))
-    memory, cache = decode_memory(Decoder(DECODED, rules, dtype=jnp.bfloat16), devices, rows=32, capacity=4096)
+    memory, cache = decode_memory(Decoder(DECODED, rules, dtype=jnp.bfloat16), rows=32, capacity=4096)
     assert memory.alias_size_in_bytes >= cache, (memory, cache)
     assert memory.temp_size_in_bytes < 0.1 * cache, (memory, cache)
