@@ -14,7 +14,7 @@
     column  = d "+" d "+" carry "=" sum            a sum over 9 carries 1; the last column writes it out
             | d "-" d "-" borrow "=" digit         d is 10..19 where this column borrows from the next
 
-The result is the last column's sum followed by the last digits of the others, from right to left, without leading zeros.
+The result is the last column's sum, then the last digits of the others from right to left, without leading zeros.
 
 `running` keeps the running totals alone (`41 - 54 = -13`), `answer` has no chain.
 """

@@ -1,7 +1,7 @@
 """Conversations to token ids, exactly as they are served.
 
-A served answer is sampled behind `apply_chat_template(..., add_generation_prompt=True)`, so a training document is those
-prompt ids followed by the ids that should be sampled, the mark that ends the turn included::
+A served answer is sampled behind `apply_chat_template(..., add_generation_prompt=True)`, so a training document is
+those prompt ids followed by the ids that should be sampled, the mark that ends the turn included::
 
     <|im_start|>user\\n3+4?<|im_end|>\\n<|im_start|>assistant\\n | <think>\\n3+4=7\\n</think>\\n\\n7<|im_end|>
     -------------------------- prompt, not in the loss --------- | ------------- answer, in the loss --------
@@ -169,7 +169,9 @@ class ChatFormat:
             for k, thinking, _, _ in plan:
                 prompt, answer = next(ids), next(ids)
                 name = record.id if len(plan) == 1 else f"{record.id}/{k}"
-                turns.append((Turn(name, np.array([*prompt, *answer, self.end_id], np.int32), len(prompt), thinking), answer))
+                turns.append(
+                    (Turn(name, np.array([*prompt, *answer, self.end_id], np.int32), len(prompt), thinking), answer)
+                )
             stray = any(not set(self.stop_ids).isdisjoint(answer) for _, answer in turns)
             result.append(BadRow("a stop token inside the answer") if stray else [turn for turn, _ in turns])
         return result
@@ -222,7 +224,7 @@ def _probe(format: ChatFormat) -> int:
             mode = f"with thinking {'on' if thinking else 'off'}"
             if not whole.startswith(prompt + answer):
                 raise ConfigError(
-                    f"{mode}, this chat template does not render a conversation as prompt + answer: expected it to begin "
+                    f"{mode}, this chat template does not render a conversation as prompt + answer: expected "
                     f"{(prompt + answer)[-60:]!r}, got {whole[max(0, len(prompt) - 40) :]!r}; training would not match "
                     "serving. Set model.chat_template: think to use ours"
                 )
@@ -236,7 +238,8 @@ def _probe(format: ChatFormat) -> int:
             rest = whole_ids[len(joined) :]
             mark = rest[0] if rest else format.tokenizer.eos_token_id
             if mark is None or (end_id is not None and mark != end_id) or not _is_special(format.tokenizer, mark):
-                raise ConfigError(f"{mode}, this chat template ends a turn with {whole[len(prompt + answer) :]!r}, not with one stop token")
+                ending = whole[len(prompt + answer) :]
+                raise ConfigError(f"{mode}, this chat template ends a turn with {ending!r}, not with one stop token")
             end_id = mark
     return end_id
 

@@ -73,7 +73,9 @@ def collect(config: CollectConfig) -> dict[str, int]:
         rejected.append(item) if isinstance(item, Rejected) else keys.append(question_key(item))
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_rejected(rejected, len(keys) + len(rejected), max_share=config.max_bad_share, path=str(out / "rejected.jsonl"))
+    write_rejected(
+        rejected, len(keys) + len(rejected), max_share=config.max_bad_share, path=str(out / "rejected.jsonl")
+    )
     split_of = _draw_splits(np.unique(np.array(keys, np.int64)), config)
     counts: Counter[str] = Counter(unusable=len(rejected))
     seen: set[bytes] = set()

@@ -1,8 +1,8 @@
 """Sources tokenised once and kept on disk, as flat arrays that are mapped into memory.
 
-An entry of the cache is a folder named by a hash of everything that it depends on: the tokenizer, its template, the bytes
-of the data, the settings and this module's `FORMAT`. It is written under a temporary name and renamed, so an entry that
-exists is whole, whoever was killed meanwhile, and two writers of one entry do not disturb each other.
+An entry of the cache is a folder named by a hash of everything that it depends on: the tokenizer, its template, the
+bytes of the data, the settings and this module's `FORMAT`. It is written under a temporary name and renamed, so an entry
+that exists is whole, whoever was killed meanwhile, and two writers of one entry do not disturb each other.
 """
 
 import concurrent.futures
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int, Int32, Int64
 from tqdm import tqdm
 
 from dqjax.config import ConfigError
@@ -42,43 +43,43 @@ class Documents:
     """Tokenised documents of one or several sources.
 
     Attributes:
-      tokens: for each source a flat int32 array, mapped from the cache.
-      start: [D] int64, where in its source's tokens a document begins.
-      lengths: [D] int64, its tokens.
-      answer_start: [D] int32; tokens before it are the prompt.
-      difficulty: [D] float64, NaN where unknown.
-      question: [D] int64, `question_key`: equal for documents of the same problem.
-      source: [D] int32, index into `sources`.
-      ids: [D] the stable id of each document.
+      tokens: for each source a flat array, mapped from the cache.
+      start: where in its source's tokens a document begins.
+      lengths: its tokens.
+      answer_start: tokens before it are the prompt.
+      difficulty: NaN where unknown.
+      question: `question_key`, equal for documents of the same problem.
+      source: index into `sources`.
+      ids: the stable id of each document.
       sources: labels.
     """
 
-    tokens: tuple[np.ndarray, ...]
-    start: np.ndarray
-    lengths: np.ndarray
-    answer_start: np.ndarray
-    difficulty: np.ndarray
-    question: np.ndarray
-    source: np.ndarray
+    tokens: tuple[Int32[np.ndarray, " tokens"], ...]
+    start: Int64[np.ndarray, " D"]
+    lengths: Int64[np.ndarray, " D"]
+    answer_start: Int32[np.ndarray, " D"]
+    difficulty: Float64[np.ndarray, " D"]
+    question: Int64[np.ndarray, " D"]
+    source: Int32[np.ndarray, " D"]
     ids: Sequence[str]
     sources: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.answer_start)
 
-    def ids_of(self, document: int) -> np.ndarray:
-        """[n] the token ids of a document."""
+    def ids_of(self, document: int) -> Int32[np.ndarray, " n"]:
+        """The token ids of a document."""
         start = self.start[document]
         return np.asarray(self.tokens[self.source[document]][start : start + self.lengths[document]])
 
-    def take(self, numbers: np.ndarray) -> "Documents":
+    def take(self, numbers: Int[np.ndarray, " some"]) -> "Documents":
         """These documents alone, numbered anew; their tokens are not copied."""
         names = ("start", "lengths", "answer_start", "difficulty", "question", "source")
         arrays = {name: getattr(self, name)[numbers] for name in names}
         return dataclasses.replace(self, **arrays, ids=[self.ids[n] for n in numbers.tolist()])
 
-    def prompt(self, document: int) -> np.ndarray:
-        """[n] the token ids of a document's prompt."""
+    def prompt(self, document: int) -> Int32[np.ndarray, " n"]:
+        """The token ids of a document's prompt."""
         return self.ids_of(document)[: self.answer_start[document]]
 
 
@@ -122,7 +123,9 @@ def write_rejected(rejected: Sequence[Rejected], rows: int, *, max_share: float,
         return
     where = f"all are in {path}" if path else "set data.quarantine to a file to see them all"
     first = rejected[0]
-    said = f"{len(rejected)} of {rows} rows are unusable, the first at {first.file}:{first.line}: {first.reason}; {where}"
+    said = (
+        f"{len(rejected)} of {rows} rows are unusable, the first at {first.file}:{first.line}: {first.reason}; {where}"
+    )
     if len(rejected) > max_share * rows:
         raise ConfigError(f"{said}. More than data.max_bad_share = {max_share:g} of them")
     log.warning("%s", said)
@@ -260,9 +263,7 @@ class _Chunk:
     rows: int
 
 
-def _tokenise(
-    config: DataConfig, source: SourceConfig, columns: ColumnsConfig, chat: ChatFormat
-) -> Iterator[_Chunk]:
+def _tokenise(config: DataConfig, source: SourceConfig, columns: ColumnsConfig, chat: ChatFormat) -> Iterator[_Chunk]:
     """Chunks of tokenised rows in the source's order, from this process or from a pool."""
     work = _ChunkWork(config, columns, source.label, chat)
     rows = iter(tqdm(read_rows(source), f"tokenising {source.label}", unit=" rows", disable=None, mininterval=1.0))

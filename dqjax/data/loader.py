@@ -210,12 +210,10 @@ class Evaluation:
 
     `documents` are the held-out ones; the side value `row` numbers them.
 
-    `token_weight` is normalised over the whole set: the weighted sums of all batches add up to the mean over all tokens.
+    `token_weight` is normalised over the whole set: weighted sums of its batches add up to the mean over its tokens.
     """
 
-    def __init__(
-        self, rows: PackedRows, *, batch_rows: int, local_rows: Sequence[int] | None = None, pad_id: int = 0
-    ):
+    def __init__(self, rows: PackedRows, *, batch_rows: int, local_rows: Sequence[int] | None = None, pad_id: int = 0):
         self.rows, self.batch_rows = rows, batch_rows
         self.local_rows = list(range(batch_rows) if local_rows is None else local_rows)
         self.documents = rows.documents
@@ -308,7 +306,9 @@ def open_training_data(
         chosen, unused = train[inside], unused & ~inside
         rows, long = plan_rows(documents, chosen, stage=i, **options)
         if not len(rows):
-            raise ConfigError(f"data: curriculum stage {i} ({stage.at_least} to {stage.below}) has no document to train on")
+            raise ConfigError(
+                f"data: curriculum stage {i} ({stage.at_least} to {stage.below}) has no document to train on"
+            )
         stages.append(Stage(rows, stage.epochs if config.curriculum is not None else None))
         too_long, packed = too_long + long, packed + len(chosen)
     if unused.any():
@@ -316,8 +316,8 @@ def open_training_data(
     share = too_long / packed
     if too_long:
         done = {"drop": "dropped", "truncate": "cut", "split": "split"}[config.too_long]
-        said = f"{too_long} of {packed} documents ({share:.1%}) are over data.row_length = {config.row_length} and were {done}"
-        (log.warning if share > 0.05 else log.info)("%s", said)
+        said = f"{too_long} of {packed} documents ({share:.1%}) are over data.row_length = {config.row_length}"
+        (log.warning if share > 0.05 else log.info)("%s and were %s", said, done)
     placing = {"batch_rows": batch_rows, "local_rows": local_rows, "pad_id": tokenizer.pad_token_id}
     loader = Loader(stages, seed=config.seed, reduction=reduction, prefetch=config.prefetch, **placing)
     validation = None
@@ -329,5 +329,3 @@ def open_training_data(
         counts["held_out"] = len(held)
     counts |= {"documents": packed, "rows": sum(len(s.rows) for s in stages), "too_long": too_long}
     return TrainingData(loader, validation, documents, documents.sources, counts)
-
-

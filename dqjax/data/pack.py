@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from dqjax.types import Batch
 
@@ -26,17 +27,17 @@ class Tokens:
     """One sequence, ready to be packed.
 
     Attributes:
-      ids: [n] int32.
-      trained: [n] bool; whether token i is learnt, as a target. `trained[0]` has no effect.
+      ids: the tokens.
+      trained: whether token i is learnt, as a target. `trained[0]` has no effect.
       values: one number a sequence, for the side arrays [B, S]; ints become int32, floats float32.
-      token_values: name → [n] float32, for side arrays [B, T]; entry i belongs to token i as a target and lands where
-        `targets` holds that token, as the log-probability of a sampled token must.
+      token_values: name → one number a token, for side arrays [B, T]; entry i belongs to token i as a target and lands
+        where `targets` holds that token, as the log-probability of a sampled token must.
     """
 
-    ids: np.ndarray
-    trained: np.ndarray
+    ids: Int[np.ndarray, " n"]
+    trained: Bool[np.ndarray, " n"]
     values: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
-    token_values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    token_values: Mapping[str, Float[np.ndarray, " n"]] = dataclasses.field(default_factory=dict)
 
     @property
     def trained_count(self) -> int:
@@ -46,10 +47,10 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class RowPlan:
-    """Which items lie in which row: row r holds `items[offsets[r]:offsets[r+1]]`, in that order."""
+    """Which items lie in which of R rows: row r holds `items[offsets[r]:offsets[r+1]]`, in that order."""
 
-    offsets: np.ndarray
-    items: np.ndarray
+    offsets: Int[np.ndarray, " R+1"]
+    items: Int[np.ndarray, " items"]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -62,13 +63,13 @@ class RowPlan:
         """The most items that a row holds."""
         return int(np.diff(self.offsets).max(initial=0))
 
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sum over the items of each row of `values[item]`; [R]."""
+    def sums(self, values: Int[np.ndarray, " items"]) -> Int[np.ndarray, " R"]:
+        """Sum over the items of each row of `values[item]`."""
         running = np.concatenate([[0], np.cumsum(values[self.items])])
         return running[self.offsets[1:]] - running[self.offsets[:-1]]
 
 
-def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, row_length: int) -> RowPlan:
+def best_fit_decreasing(lengths: Sequence[int] | Int[np.ndarray, " items"], row_length: int) -> RowPlan:
     """Puts items into rows: longest first, each into the fullest row that still takes it.
 
     Ties: equal lengths in their order; of equally full rows the one that became so first. The plan is a function of its
@@ -82,7 +83,9 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, row_length: int) ->
         raise ValueError(f"items must have 1 to {row_length} tokens, got {lengths.min()} to {lengths.max()}")
     rows: list[list[int]] = []
     by_space: dict[int, deque[int]] = {}
-    spaces = 0  # bit s is set where a row with s free places exists: the best fit is the lowest set bit from `length` on
+    spaces = (
+        0  # bit s is set where a row with s free places exists: the best fit is the lowest set bit from `length` on
+    )
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         fitting = spaces >> length
@@ -116,8 +119,8 @@ def pack_rows(
     Args:
       rows: for each row its sequences, which fit into `row_length` together; a row may be empty.
       columns: S, the width of the side arrays, at least the most sequences in a row.
-      reduction: `token_mean` weighs a token 1/N, N trained tokens; `sequence_mean` 1/(its sequence's trained tokens × the
-        sequences that have any); `sum` 1.
+      reduction: `token_mean` weighs a token 1/N, N trained tokens; `sequence_mean` 1/(its sequence's trained tokens ×
+        the sequences that have any); `sum` 1.
       totals: (trained tokens, sequences with any) of the *global* batch, where `rows` is a part of it.
       pad_id: token that fills rows up.
 

@@ -11,7 +11,7 @@ Forms, in the order in which they are looked for:
     answer       prompt, answer                     a problem with its reference answer, for RL and evaluation
     prompt       prompt                             a problem alone
 
-Answers that carry their chain inside, between `<think>` or `<|begin_of_thought|>` tags, are split into chain and answer.
+Answers that hold their chain between `<think>` or `<|begin_of_thought|>` tags are split into chain and answer.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ def detect_form(row: Mapping[str, Any], columns: ColumnsConfig = ColumnsConfig()
 
 
 def parse_row(row: Any, *, columns: ColumnsConfig = ColumnsConfig(), source: str = "") -> list[Record | BadRow]:
-    """The records of one row: one, or one a chain for the form `problems`, where a bad chain is a `BadRow` in its place.
+    """The records of one row: one, or one a chain for the form `problems`, where a `BadRow` stands for a bad chain.
 
     Args:
       row: a decoded jsonl line or a parquet row.
@@ -171,7 +171,11 @@ def parse_row(row: Any, *, columns: ColumnsConfig = ColumnsConfig(), source: str
         return value
 
     given_id, system = take("id"), take("system")
-    common = {"thinking": _flag(take("thinking")), "difficulty": _number(take("difficulty")), "answer": _text(take("answer"))}
+    common = {
+        "thinking": _flag(take("thinking")),
+        "difficulty": _number(take("difficulty")),
+        "answer": _text(take("answer")),
+    }
     head = [Message("system", _required(system, "system"))] if system else []
     own: dict[str, Any] = {}  # fields that only this form has
     chains: Sequence[Any] | None = None
@@ -222,7 +226,9 @@ def split_tags(text: str) -> tuple[str | None, str]:
     for pattern in _TAGS:
         if match := pattern.fullmatch(text):
             answer = match["answer"] or ""
-            return match["thought"].strip("\n"), answer.strip() if "begin_of" in pattern.pattern else answer.lstrip("\n")
+            return match["thought"].strip("\n"), answer.strip() if "begin_of" in pattern.pattern else answer.lstrip(
+                "\n"
+            )
     return None, text
 
 

@@ -1,8 +1,11 @@
 """Documents planned into packed rows: what happens to the too long ones, and what each row teaches."""
 
 import dataclasses
+import functools
+from typing import Literal
 
 import numpy as np
+from jaxtyping import Int
 
 from dqjax.data.documents import Documents
 from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing
@@ -14,7 +17,7 @@ class PackedRows:
 
     Attributes:
       documents: where the tokens are.
-      document, begin, end: [P] piece p is tokens begin..end of a document.
+      document, begin, end: piece p is tokens begin..end of a document.
       plan: rows of pieces.
       train_on_prompt: prompts are in the loss.
       stage: curriculum stage, a side value.
@@ -22,20 +25,27 @@ class PackedRows:
     """
 
     documents: Documents
-    document: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
+    document: Int[np.ndarray, " P"]
+    begin: Int[np.ndarray, " P"]
+    end: Int[np.ndarray, " P"]
     plan: RowPlan
     train_on_prompt: bool
     stage: int
     row_length: int
-    trained_tokens: np.ndarray = dataclasses.field(init=False)  # [R]
-    trained_sequences: np.ndarray = dataclasses.field(init=False)  # [R]
 
-    def __post_init__(self):
-        counts = _trained_counts(self.documents, self.document, self.begin, self.end, self.train_on_prompt)
-        object.__setattr__(self, "trained_tokens", self.plan.sums(counts))
-        object.__setattr__(self, "trained_sequences", self.plan.sums(counts > 0))
+    @functools.cached_property
+    def trained_tokens(self) -> Int[np.ndarray, " R"]:
+        """Trained tokens of each row."""
+        return self.plan.sums(self._counts)
+
+    @functools.cached_property
+    def trained_sequences(self) -> Int[np.ndarray, " R"]:
+        """Pieces of each row that have any."""
+        return self.plan.sums(self._counts > 0)
+
+    @property
+    def _counts(self) -> Int[np.ndarray, " P"]:
+        return _trained_counts(self.documents, self.document, self.begin, self.end, self.train_on_prompt)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -55,7 +65,13 @@ class PackedRows:
 
 
 def plan_rows(
-    documents: Documents, chosen: np.ndarray, *, row_length: int, too_long: str, train_on_prompt: bool = False, stage: int = 0
+    documents: Documents,
+    chosen: Int[np.ndarray, " chosen"],
+    *,
+    row_length: int,
+    too_long: Literal["drop", "truncate", "split"],
+    train_on_prompt: bool = False,
+    stage: int = 0,
 ) -> tuple[PackedRows, int]:
     """Packs the documents numbered `chosen` (a number may occur twice) into rows.
 
@@ -85,6 +101,6 @@ def plan_rows(
 
 def _trained_counts(
     documents: Documents, document: np.ndarray, begin: np.ndarray, end: np.ndarray, train_on_prompt: bool
-) -> np.ndarray:
+) -> Int[np.ndarray, " P"]:
     first = 0 if train_on_prompt else documents.answer_start[document]
     return np.maximum(end - np.maximum(begin + 1, first), 0)  # a piece's first token is nobody's target

@@ -195,7 +195,9 @@ def _task_rows(source: SourceConfig) -> Iterator[RawRow]:
         if source.chain is None:
             row["prompt"] = item["question"]
         else:
-            row["messages"] = chain_messages(item["question"], item["answer"], item["metadata"]["expression"], source.chain)
+            row["messages"] = chain_messages(
+                item["question"], item["answer"], item["metadata"]["expression"], source.chain
+            )
         yield RawRow(source.label, i + 1, row)
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from dqjax.config import ConfigError
 from dqjax.data.config import SourceConfig, StageConfig
@@ -12,7 +13,9 @@ from dqjax.data.documents import Documents
 log = logging.getLogger(__name__)
 
 
-def hold_out(documents: Documents, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    documents: Documents, share: float, seed: int
+) -> tuple[Int[np.ndarray, " held"], Int[np.ndarray, " train"]]:
     """(held out, to train on): numbers of documents, drawn by question, so that no question is on both sides.
 
     Raises:
@@ -24,7 +27,7 @@ def hold_out(documents: Documents, share: float, seed: int) -> tuple[np.ndarray,
     return np.flatnonzero(out), np.flatnonzero(~out)
 
 
-def without_questions(documents: Documents, held: Documents) -> np.ndarray:
+def without_questions(documents: Documents, held: Documents) -> Int[np.ndarray, " train"]:
     """Numbers of the documents whose question `held` does not ask; says how many ask one."""
     overlap = np.isin(documents.question, held.question)
     if overlap.any():
@@ -32,7 +35,9 @@ def without_questions(documents: Documents, held: Documents) -> np.ndarray:
     return np.flatnonzero(~overlap)
 
 
-def weigh(sources: Sequence[SourceConfig], source: np.ndarray, chosen: np.ndarray, seed: int) -> np.ndarray:
+def weigh(
+    sources: Sequence[SourceConfig], source: Int[np.ndarray, " D"], chosen: Int[np.ndarray, " chosen"], seed: int
+) -> Int[np.ndarray, " taken"]:
     """`chosen` with each source taken `weight` times, or as often as its `share` of as many documents says.
 
     What is left of a weight after whole copies is a fixed draw: an epoch is the same set every time.
@@ -47,7 +52,7 @@ def weigh(sources: Sequence[SourceConfig], source: np.ndarray, chosen: np.ndarra
     return np.concatenate(taken)
 
 
-def in_stage(stage: StageConfig, difficulty: np.ndarray) -> np.ndarray:
+def in_stage(stage: StageConfig, difficulty: Float[np.ndarray, " D"]) -> Bool[np.ndarray, " D"]:
     """Mask of the difficulties (NaN: unknown) that a stage trains on."""
     inside = np.ones(len(difficulty), bool)
     if stage.at_least is not None:
@@ -57,7 +62,7 @@ def in_stage(stage: StageConfig, difficulty: np.ndarray) -> np.ndarray:
     return inside
 
 
-def _question_draw(question: np.ndarray, seed: int) -> np.ndarray:
+def _question_draw(question: Int[np.ndarray, " D"], seed: int) -> Float[np.ndarray, " D"]:
     """A number in [0, 1) for each question hash, mixed with the seed (the finaliser of splitmix64)."""
     x = question.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 & (2**64 - 1))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -54,7 +54,8 @@ def check_tokenizer(tokenizer: Any, *, where: str, vocab_size: int | None = None
     """Raises ConfigError, one line, for a tokenizer that cannot train or serve a chat model."""
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"the tokenizer in {where} has no chat template: take the instruct model's, or set model.chat_template: think"
+            f"the tokenizer in {where} has no chat template: take the instruct model's, or "
+            "set model.chat_template: think"
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {where} has no stop token: set eos_token in its tokenizer_config.json")
@@ -62,7 +63,8 @@ def check_tokenizer(tokenizer: Any, *, where: str, vocab_size: int | None = None
         raise ConfigError(f"the tokenizer in {where} has no pad token: set pad_token in its tokenizer_config.json")
     if vocab_size is not None and (size := max(tokenizer.get_vocab().values()) + 1) > vocab_size:
         raise ConfigError(
-            f"the tokenizer in {where} has {size} tokens, the model's embedding {vocab_size} rows: they do not belong together"
+            f"the tokenizer in {where} has {size} tokens, the model's embedding {vocab_size} rows: "
+            "they do not belong together"
         )
 
 
@@ -85,7 +87,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_length: int = 
     specials = (*SPECIAL_TOKENS, *THINK_TOKENS)
     least = 256 + len(specials)
     if vocab_size < least:
-        raise ValueError(f"vocab_size: at least {least} (256 bytes and {len(specials)} special tokens), got {vocab_size}")
+        raise ValueError(
+            f"vocab_size: at least {least} (256 bytes and {len(specials)} special tokens), got {vocab_size}"
+        )
     splitter = Qwen2Tokenizer().backend_tokenizer  # its normaliser and its pre-tokenizer, which isolates every digit
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = splitter.normalizer, splitter.pre_tokenizer

@@ -29,7 +29,10 @@ QWEN25_TEMPLATE = """\
 {%- endif %}
 """
 
-TEXTS = ["What is 12 + 34? The answer is 46.", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."] * 20
+TEXTS = [
+    "What is 12 + 34? The answer is 46.",
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+] * 20
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +55,9 @@ def qwen25(qwen3_folder):
     for token in ("<think>", "</think>"):
         del plain["model"]["vocab"][token]
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(plain)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(plain)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )
     tokenizer.chat_template = QWEN25_TEMPLATE
     return tokenizer

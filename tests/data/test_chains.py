@@ -48,7 +48,12 @@ def check_line(line):
     columns, carry, digits = columns.split(" "), 0, ""
     for i, column in enumerate(columns):
         d, op1, e, op2, c, out = COLUMN.fullmatch(column).groups()
-        assert op1 == op2 == task and int(c) == carry and int(d) % 10 == int(x) // 10**i % 10 and int(e) == int(y) // 10**i % 10
+        assert (
+            op1 == op2 == task
+            and int(c) == carry
+            and int(d) % 10 == int(x) // 10**i % 10
+            and int(e) == int(y) // 10**i % 10
+        )
         if task == "+":
             assert int(d) <= 9 and int(out) == int(d) + int(e) + carry
             carry = int(out) // 10

@@ -87,7 +87,9 @@ def test_training_ids_are_the_served_prompt_and_the_sampled_ids(name, mode, mess
         assert parsed == Response(messages[place].reasoning if mode == "on" else None, messages[place].content, True)
 
 
-word = st.text(st.sampled_from("ab 1+=\n.?é世"), min_size=1, max_size=12).filter(lambda t: t.strip() and not t[0].isspace())
+word = st.text(st.sampled_from("ab 1+=\n.?é世"), min_size=1, max_size=12).filter(
+    lambda t: t.strip() and not t[0].isspace()
+)
 
 
 @hypothesis.given(
@@ -97,7 +99,9 @@ word = st.text(st.sampled_from("ab 1+=\n.?é世"), min_size=1, max_size=12).filt
     st.booleans(),
 )
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-def test_the_last_turn_is_the_whole_conversation_as_the_template_renders_it(qwen3, qwen25, said, system, name, thinking):
+def test_the_last_turn_is_the_whole_conversation_as_the_template_renders_it(
+    qwen3, qwen25, said, system, name, thinking
+):
     tokenizer = tokenizer_for(name, qwen3, qwen25)
     messages = [Message("system", system)] if system else []
     for question, reasoning, answer in said:
@@ -154,7 +158,8 @@ def test_a_template_that_opens_the_block_keeps_the_tag_in_the_prompt(qwen3):
 
 # DeepSeek-R1's template drops the chain of the last answer too: what it renders is not what was sampled.
 DROPS = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content.split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 NO_END = template("qwen3").replace("{{- '<|im_end|>\\n' }}\n    {%- else", "{{- '\\n' }}\n    {%- else")

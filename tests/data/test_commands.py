@@ -61,7 +61,9 @@ def test_collect_keeps_the_chains_of_a_problem_together(tmp_path, write_rows):
     config = CollectConfig(out=str(tmp_path / "out"), sources=[source], validation=6)
     counts = collect(config)
     assert (counts["train.jsonl"], counts["validation.jsonl"], counts["unusable"]) == (42, 18, 0)
-    problems = [{row["problem_id"] for row in jsonl(tmp_path / "out" / name)} for name in ("train.jsonl", "validation.jsonl")]
+    problems = [
+        {row["problem_id"] for row in jsonl(tmp_path / "out" / name)} for name in ("train.jsonl", "validation.jsonl")
+    ]
     assert not problems[0] & problems[1]
 
 

@@ -32,7 +32,10 @@ def test_short_forms(tmp_path):
         ({"sources": "a.jsonl", "too_long": "cut"}, "'cut' is not among the choices"),
         ({"sources": "a.jsonl", "validation": 1.5}, "a share lies between 0 and 1"),
         ({"sources": "a.jsonl", "curriculum": {"stages": []}}, "curriculum.stages"),
-        ({"sources": "a.jsonl", "curriculum": {"stages": [{"at_least": 3, "below": 2}]}}, "at_least: 3.0 must lie under"),
+        (
+            {"sources": "a.jsonl", "curriculum": {"stages": [{"at_least": 3, "below": 2}]}},
+            "at_least: 3.0 must lie under",
+        ),
     ],
 )
 def test_mistakes_are_named(values, said):

@@ -1,4 +1,4 @@
-"""The cache of tokenised documents: equal whoever writes it, whole whoever is killed, refreshed when anything changes."""
+"""The cache of tokenised documents: equal whoever writes it, whole whoever is killed, new when anything changes."""
 
 import json
 import logging
@@ -19,7 +19,12 @@ from dqjax.data.records import Message, Record
 from dqjax.data.tokenizer import template
 
 ROWS = [
-    {"id": f"r{i}", "prompt": f"What is {i} + 1?", "response": f"<think>\n{i}+1={i + 1}\n</think>\n\n{i + 1}", "difficulty": i}
+    {
+        "id": f"r{i}",
+        "prompt": f"What is {i} + 1?",
+        "response": f"<think>\n{i}+1={i + 1}\n</think>\n\n{i + 1}",
+        "difficulty": i,
+    }
     for i in range(40)
 ]
 
@@ -44,7 +49,10 @@ def test_documents_are_the_rendered_turns(write_rows, tmp_path, chat3):
     documents = load(config(write_rows(ROWS), tmp_path), chat3)
     assert len(documents) == 40 and documents.ids[7] == "r7" and documents.difficulty[7] == 7
     text = chat3.tokenizer.decode(documents.ids_of(7))
-    assert text == "<|im_start|>user\nWhat is 7 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n7+1=8\n</think>\n\n8<|im_end|>"
+    assert (
+        text
+        == "<|im_start|>user\nWhat is 7 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n7+1=8\n</think>\n\n8<|im_end|>"
+    )
     assert chat3.tokenizer.decode(documents.prompt(7)).endswith("assistant\n")
     assert len(set(documents.question.tolist())) == 40
 
@@ -164,7 +172,8 @@ def test_turn_modes():
         return turn_mode(record, DataConfig(sources="x.jsonl", **values))
 
     assert [mode(thinking=t) for t in (None, True, False)] == ["turn", "on", "off"]
-    assert mode(thinking="on") is not None and mode(**{"thinking": True}) == "on"
-    drawn = [turn_mode(Record(id=str(i), problem="", messages=()), DataConfig(sources="x.jsonl", thinking="on", no_think_share=0.3))
-             for i in range(2000)]  # fmt: skip
+    for config in (DataConfig(sources="x.jsonl", thinking=t) for t in ("on", "off")):
+        assert turn_mode(Record(id="a", problem="a", messages=()), config) == config.thinking
+    config = DataConfig(sources="x.jsonl", thinking="on", no_think_share=0.3)
+    drawn = [turn_mode(Record(id=str(i), problem="", messages=()), config) for i in range(2000)]
     assert 0.25 < drawn.count("off") / 2000 < 0.35 and drawn.count("on") + drawn.count("off") == 2000

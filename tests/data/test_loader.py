@@ -19,7 +19,12 @@ from dqjax.data.rows import plan_rows
 
 def rows(count, start=0, **more):
     return [
-        {"id": f"r{i}", "prompt": f"What is {i} + 1?", "response": "The answer is " + "1" * (1 + 7 * i % 23), "difficulty": i % 10}
+        {
+            "id": f"r{i}",
+            "prompt": f"What is {i} + 1?",
+            "response": "The answer is " + "1" * (1 + 7 * i % 23),
+            "difficulty": i % 10,
+        }
         | more
         for i in range(start, start + count)
     ]
@@ -125,7 +130,9 @@ def test_a_state_of_other_data_is_refused(open_data):
 def test_prefetch_is_bounded_and_stops(open_data, monkeypatch):
     built = []
     original = Loader.batch_at
-    monkeypatch.setattr(Loader, "batch_at", lambda self, position: (built.append(position), original(self, position))[1])
+    monkeypatch.setattr(
+        Loader, "batch_at", lambda self, position: (built.append(position), original(self, position))[1]
+    )
     threads = threading.active_count()
     loader = open_data(prefetch=3).loader
     assert not built  # nothing runs before it is asked for
@@ -310,7 +317,9 @@ def test_any_split_over_hosts_and_any_stop_gives_the_same_batches(data):
     prompts = [data.draw(st.integers(1, n)) for n in lengths]
     prompts[0] = 1  # something to learn
     documents = invented_documents(lengths, prompts)
-    planned, _ = plan_rows(documents, np.arange(len(lengths)), row_length=16, too_long=data.draw(st.sampled_from(["truncate", "split"])))
+    planned, _ = plan_rows(
+        documents, np.arange(len(lengths)), row_length=16, too_long=data.draw(st.sampled_from(["truncate", "split"]))
+    )
     stages = [Stage(planned, data.draw(st.integers(1, 3))), Stage(planned, None)]
     batch_rows, at = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 6))
     host_of = data.draw(st.lists(st.integers(0, 2), min_size=batch_rows, max_size=batch_rows))

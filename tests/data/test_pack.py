@@ -84,7 +84,9 @@ def test_nothing_trained_gives_zero_weights_not_nan():
 
 
 def test_side_values_and_token_values():
-    one = Tokens(np.array([1, 2, 3]), np.array([0, 1, 1], bool), {"row": 7, "beta": 0.5}, {"logprob": np.array([9.0, -1, -2])})
+    one = Tokens(
+        np.array([1, 2, 3]), np.array([0, 1, 1], bool), {"row": 7, "beta": 0.5}, {"logprob": np.array([9.0, -1, -2])}
+    )
     two = Tokens(np.array([4, 5]), np.array([0, 1], bool), {"row": 8, "beta": 0.1}, {"logprob": np.array([9.0, -3])})
     batch = pack_rows([[one, two]], 6, columns=3)
     assert batch.side["row"].dtype == np.int32 and batch.side["row"].tolist() == [[7, 8, -1]]
@@ -96,7 +98,10 @@ def test_side_values_and_token_values():
 
 def test_a_pair_stays_in_one_row_next_to_each_other():
     rng = np.random.default_rng(1)
-    pairs = [[sequence(int(n), pair=i, good=g) for g, n in ((1, rng.integers(2, 8)), (0, rng.integers(2, 8)))] for i in range(20)]
+    pairs = [
+        [sequence(int(n), pair=i, good=g) for g, n in ((1, rng.integers(2, 8)), (0, rng.integers(2, 8)))]
+        for i in range(20)
+    ]
     batch = pack_items(pairs, 16, row_multiple=4)
     assert len(batch.tokens) % 4 == 0 and batch.side["pair"].shape[1] % 8 == 0
     seen = []
@@ -110,7 +115,10 @@ def test_a_pair_stays_in_one_row_next_to_each_other():
 @hypothesis.given(st.data())
 def test_packed_rows_read_back_as_their_sequences(data):
     rows = data.draw(st.lists(st.lists(st.integers(1, 6), max_size=4), max_size=4))
-    sequences = [[sequence(n, first=data.draw(st.integers(0, n)), base=data.draw(st.integers(1, 50))) for n in row] for row in rows]
+    sequences = [
+        [sequence(n, first=data.draw(st.integers(0, n)), base=data.draw(st.integers(1, 50))) for n in row]
+        for row in rows
+    ]
     batch = pack_rows(sequences, 24, columns=4, reduction="sum")
     for r, row in enumerate(sequences):
         for k, s in enumerate(row):

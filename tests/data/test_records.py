@@ -22,13 +22,26 @@ TAGGED = "<think>\n3+4=7\n</think>\n\n7"
 OLD_TAGS = "<|begin_of_thought|>\n\n3+4=7\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n7\n\n<|end_of_solution|>"
 
 FORMS = [
-    ("messages", {"messages": [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}]}, (USER, ANSWER)),
     (
         "messages",
-        {"messages": [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7", "reasoning_content": "3+4=7"}]},
+        {"messages": [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}]},
+        (USER, ANSWER),
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": "3+4?"},
+                {"role": "assistant", "content": "7", "reasoning_content": "3+4=7"},
+            ]
+        },
         (USER, THOUGHT),
     ),
-    ("messages", {"messages": [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": TAGGED}]}, (USER, THOUGHT)),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": TAGGED}]},
+        (USER, THOUGHT),
+    ),
     (
         "sharegpt",
         {"conversations": [{"from": "human", "value": "3+4?"}, {"from": "gpt", "value": OLD_TAGS}]},
@@ -62,7 +75,11 @@ def test_forms(form, row, messages):
 
 def test_omnithought_makes_a_record_a_chain():
     chain = {"thought": "3+4=7", "solution": "7", "teacher": "R1", "Reasoning_Verbosity": 2, "Cognitive_Difficulty": 1}
-    row = {"question": "3+4?", "id": 9, "reasoning": [chain, {"full_response": OLD_TAGS}, {"thought": "hm", "solution": ""}]}
+    row = {
+        "question": "3+4?",
+        "id": 9,
+        "reasoning": [chain, {"full_response": OLD_TAGS}, {"thought": "hm", "solution": ""}],
+    }
     assert detect_form(row) == "problems"
     first, second, third = parse_row(row, source="omni")
     assert (first.id, second.id, first.problem, second.problem) == ("9#0", "9#1", "9", "9")
@@ -77,7 +94,11 @@ def test_omnithought_makes_a_record_a_chain():
     "row",
     [
         {"prompt": "3+4?", "chosen": TAGGED, "rejected": "8"},
-        {"prompt": [{"role": "user", "content": "3+4?"}], "chosen": [{"role": "assistant", "content": TAGGED}], "rejected": "8"},
+        {
+            "prompt": [{"role": "user", "content": "3+4?"}],
+            "chosen": [{"role": "assistant", "content": TAGGED}],
+            "rejected": "8",
+        },
         {
             "chosen": [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": TAGGED}],
             "rejected": [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "8"}],
@@ -93,7 +114,11 @@ def test_preferences(row):
 
 
 def test_preference_with_an_earlier_answer_keeps_its_prompt():
-    prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "3+4?"}]
+    prompt = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "3+4?"},
+    ]
     (record,) = parse_row({"prompt": prompt, "chosen": "7", "rejected": "8"})
     assert len(record.messages) == 3
     assert parse_row(record.to_row()) == [record]
@@ -138,7 +163,13 @@ def test_columns_are_mapped_also_inside_a_mapping():
 
 
 def test_an_empty_system_prompt_is_none():
-    row = {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}]}
+    row = {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": "3+4?"},
+            {"role": "assistant", "content": "7"},
+        ]
+    }
     assert parse_row(row)[0].messages == (USER, ANSWER)
 
 
@@ -171,10 +202,24 @@ def test_normalising_twice_changes_nothing(text):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "from", "content", "value"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "from", "content", "value"]), inner)
+    ),
     max_leaves=8,
 )
-NAMES = ["messages", "conversations", "prompt", "response", "answer", "chosen", "rejected", "question", "reasoning", "system", "id"]
+NAMES = [
+    "messages",
+    "conversations",
+    "prompt",
+    "response",
+    "answer",
+    "chosen",
+    "rejected",
+    "question",
+    "reasoning",
+    "system",
+    "id",
+]
 
 
 @hypothesis.given(st.dictionaries(st.sampled_from(NAMES), JSON))

@@ -13,7 +13,10 @@ ROWS = [{"id": f"r{i}", "prompt": f"{i}+1?", "response": str(i + 1), "level": i}
 
 
 def contents(**source):
-    return [(r.id, r.messages, r.difficulty) for r in read_records(SourceConfig(**source), ColumnsConfig(difficulty="level"))]
+    return [
+        (r.id, r.messages, r.difficulty)
+        for r in read_records(SourceConfig(**source), ColumnsConfig(difficulty="level"))
+    ]
 
 
 def test_jsonl_json_parquet_folder_glob_and_hub_agree(write_rows, tmp_path):
@@ -46,7 +49,9 @@ def test_nested_parquet_rows(tmp_path):
 
 
 def test_bad_lines_have_file_line_and_reason(write_rows):
-    path = write_rows([ROWS[0], b'{"prompt": "x", "resp', b'{"prompt": "\xff"}', b"", {"prompt": "x", "response": ""}, ROWS[1]])
+    path = write_rows(
+        [ROWS[0], b'{"prompt": "x", "resp', b'{"prompt": "\xff"}', b"", {"prompt": "x", "response": ""}, ROWS[1]]
+    )
     items = list(read_records(SourceConfig(path=path)))
     assert [type(i) for i in items] == [Record, Rejected, Rejected, Rejected, Record]
     assert [(i.line, i.reason.split(":")[0]) for i in items if isinstance(i, Rejected)] == [

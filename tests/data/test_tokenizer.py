@@ -15,7 +15,7 @@ from dqjax.data.tokenizer import load_tokenizer, template, train_tokenizer
 
 
 def test_every_digit_is_a_token_and_specials_are_one(qwen3):
-    assert qwen3.tokenize("12345 -67") == ["1", "2", "3", "4", "5", "Ġ-", "6", "7"] or qwen3.tokenize("12345") == list("12345")
+    assert qwen3.tokenize("1234567") == list("1234567")
     for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"):
         assert len(qwen3(token, add_special_tokens=False)["input_ids"]) == 1
     assert (qwen3.eos_token, qwen3.pad_token) == ("<|im_end|>", "<|endoftext|>")
@@ -36,7 +36,8 @@ def test_any_text_is_written_and_read_back(qwen3, text):
 def test_the_folder_loads_by_itself_without_a_warning(qwen3_folder):
     code = (
         "import warnings; warnings.simplefilter('error'); from transformers import AutoTokenizer; "
-        f"t = AutoTokenizer.from_pretrained({str(qwen3_folder)!r}); assert t.chat_template and type(t).__name__ == 'Qwen2Tokenizer'"
+        f"t = AutoTokenizer.from_pretrained({str(qwen3_folder)!r}); "
+        "assert t.chat_template and type(t).__name__ == 'Qwen2Tokenizer'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr.strip(), done.stderr
