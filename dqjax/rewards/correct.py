@@ -8,6 +8,7 @@ from typing import Any
 
 from dqjax.config import Section
 from dqjax.rewards.answer import AnswerConfig, AnswerGrader
+from dqjax.rewards.code import CodeConfig, CodeGrader
 from dqjax.rewards.tasks import TaskGrader, TasksConfig, task_of
 from dqjax.rewards.types import Completion, Grade, Grader, could_not
 
@@ -19,19 +20,22 @@ class CorrectConfig(Section):
 
     answer: AnswerConfig = AnswerConfig()
     tasks: TasksConfig = TasksConfig()
+    code: CodeConfig = CodeConfig()
 
 
 GRADERS: dict[str, Callable[[CorrectConfig], Grader]] = {
     "answer": lambda config: AnswerGrader(config.answer),
     "tasks": lambda config: TaskGrader(config.tasks),
+    "code": lambda config: CodeGrader(config.code),
 }
 
 
 def grader_of(problem: Any) -> str:
-    """The key of `GRADERS` for a problem: its `grader` column, else `tasks` for a reasoning-gym problem, else `answer`."""
+    """The key of `GRADERS` for a problem: its `grader` column, else `code` for one with tests, `tasks` for a
+    reasoning-gym problem, `answer` for any other."""
     if named := problem.extra.get("grader"):
         return named
-    return "tasks" if task_of(problem) else "answer"
+    return "code" if "tests" in problem.extra else "tasks" if task_of(problem) else "answer"
 
 
 class Correctness:
