@@ -42,7 +42,7 @@ def attention(
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """softmax(scale · q kᵀ) v over the keys that each query sees.
 
-    Query t sees key s iff their segment ids are equal and not 0, and, where `causal`, q_positions[t] >= kv_positions[s],
+    Query t sees key s iff their segment ids are equal and not 0 and, where `causal`, q_positions[t] >= kv_positions[s]
     and, with a window, q_positions[t] - kv_positions[s] < window (|difference| < window if not causal).
 
     Args:

@@ -12,12 +12,13 @@ A row of 8 blocks holding three documents, causal: `#` is computed with a mask, 
              2 . . . # # # # .
              3 . . . . . . # #
 
-The plan looks only at the smallest and largest segment id and position of each block, so what it skips is never visible,
-whatever the ids; ids that come in order (a packed row) make it tight.
+The plan looks only at the smallest and largest segment id and position of each block, so what it skips is never
+visible, whatever the ids; ids that come in order (a packed row) make it tight.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +37,14 @@ class Plan:
     """Block ranges of a batch of rows; a pytree whose arrays lead with B and are sharded like the batch.
 
     Attributes:
-      kv_start, kv_end: block i of the queries needs the key blocks kv_start[i] <= j < kv_end[i].
+      kv_start, kv_end: [B, I] int32, block i of the queries needs the key blocks kv_start[i] <= j < kv_end[i].
       block_q, block_kv: tokens in a block.
       length_q, length_kv: tokens in a row; the last block may hang over.
       causal, window: the mask that the plan was made for.
     """
 
-    kv_start: Int[Array, "B I"]
-    kv_end: Int[Array, "B I"]
+    kv_start: Any  # jax rebuilds pytrees round placeholders, so the fields that hold arrays cannot name their types
+    kv_end: Any
     block_q: int
     block_kv: int
     length_q: int

@@ -14,7 +14,7 @@ def reference_decode_attention(
     softcap: float | None,
     window: int | None,
 ) -> Float[Array, "B N H"]:
-    """softmax(scale · q kᵀ) v over the cache's first `lengths` keys (the last `window` of them); 0 for an empty one."""
+    """softmax(scale · q kᵀ) v over the first `lengths` keys (the last `window` of them); 0 where there is none."""
     B, N, H = q.shape
     S, K = k_cache.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)

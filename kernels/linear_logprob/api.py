@@ -52,8 +52,8 @@ def linear_logprob(
 
         logprob = z[label] - lse,   lse = log Σ exp(z),   entropy = -Σ softmax(z) log softmax(z)
 
-    Differentiable in x and w with any cotangents of the three: what policy gradients need. Where the weights of the rows
-    are known beforehand, `linear_cross_entropy` saves a quarter of the work.
+    Differentiable in x and w with any cotangents of the three: what policy gradients need. Where the weights of the
+    rows are known beforehand, `linear_cross_entropy` saves a quarter of the work.
 
     Args:
       x, w: bfloat16 or float32; products accumulate in float32. The gradient of w is in its dtype.

@@ -1,4 +1,4 @@
-"""The output head as the kernels see it: logits of a part of the vocabulary, masked and scaled, and reductions over it."""
+"""The output head as the kernels see it: logits of a part of the vocabulary, masked and scaled, and its reductions."""
 
 import dataclasses
 

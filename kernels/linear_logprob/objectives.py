@@ -43,8 +43,9 @@ class CrossEntropy:
         logprob = head.sum(jnp.sum(jnp.where(hit, z, 0), axis=-1)) - lse
         if head.vocab is not None:
             logprob = jnp.where(labels < head.vocab, logprob, MASKED)
-        d_logits = p * (1 + 2 * self.z_loss * lse)[:, None] - hit
-        return Graded(self.z_loss * lse**2 - logprob, logprob, d_logits)
+        if self.z_loss == 0:
+            return Graded(-logprob, logprob, p - hit)
+        return Graded(self.z_loss * lse**2 - logprob, logprob, p * (1 + 2 * self.z_loss * lse)[:, None] - hit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,8 +48,7 @@ def weighted_rows(
     x = jnp.where(keep[:, None], x, 0)
     weight, rows, table = lax.stop_gradient((weight, rows, table))
     rows = jax.tree.map(lambda r: jnp.where(keep.reshape(-1, *[1] * (r.ndim - 1)), r, jnp.zeros((), r.dtype)), rows)
-    arrays = x, w, weight, rows, table
-    total, aux = _weighted(objective, head, *vary(arrays, varying_axes(arrays)))
+    total, aux = _weighted(objective, head, *vary((x, w), varying_axes((x, w, weight))), weight, rows, table)
     return total, jnp.where(keep, lax.stop_gradient(aux), 0)
 
 
@@ -61,7 +60,7 @@ def _weighted(objective, head, x, w, weight, rows, table):
         graded, _ = _grade(objective, head, x, w, weight, rows, table)
         return carry + jnp.sum(weight * graded.value), graded.aux
 
-    return _over_chunks(chunk, jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)), x, w, weight, rows, table)
+    return _over_chunks(chunk, _no_loss(head, x), x, w, weight, rows, table)
 
 
 def _forward(objective, head, x, w, weight, rows, table):
@@ -74,7 +73,7 @@ def _forward(objective, head, x, w, weight, rows, table):
         dw += jnp.einsum("MV,MD->VD", d_logits, x, preferred_element_type=wide)
         return (total + jnp.sum(weight * graded.value), dw), (graded.aux, dx)
 
-    start = jnp.zeros((), wide), jnp.zeros(w.shape, wide)
+    start = _no_loss(head, x), vary(jnp.zeros(w.shape, wide), varying_axes(x))
     (total, dw), (aux, dx) = _over_chunks(chunk, start, x, w, weight, rows, table)
     return (total, aux), (dx, dw.astype(w.dtype))
 
@@ -86,6 +85,12 @@ def _backward(objective, head, saved, cotangents):
 
 
 _weighted.defvjp(_forward, _backward)
+
+
+def _no_loss(head, x):
+    """0, varying over the mesh axes of a loss: those of the rows, without the one that splits the vocabulary."""
+    zero = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
+    return vary(zero, varying_axes(x) - {head.axis_name})
 
 
 def _grade(objective, head, x, w, weight, rows, table):
@@ -115,6 +120,5 @@ def _over_chunks(chunk, carry, x, w, weight, rows, table):
     def step(carry, c):
         return chunk(carry, *jax.tree.map(lambda r: lax.dynamic_index_in_dim(r, c, axis=1, keepdims=False), split_rows))
 
-    carry = vary(carry, varying_axes((x, w, weight, rows, table)))
     carry, outputs = lax.scan(step, carry, jnp.arange(chunks))
     return carry, jax.tree.map(join, outputs)

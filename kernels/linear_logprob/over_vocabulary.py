@@ -35,8 +35,8 @@ def vocabulary_logprob(
 ) -> tuple[Float[Array, "M"], Float[Array, "M"], Float[Array, "M"]]:
     """As `linear_logprob`, in O(M · (D + chunk)) memory beside x, w and their gradients."""
     keep = labels >= 0
-    arrays = jnp.where(keep[:, None], x, 0), w, labels
-    results = _logprob(head, *vary(arrays, varying_axes(arrays)))
+    x = jnp.where(keep[:, None], x, 0)
+    results = _logprob(head, *vary((x, w), varying_axes((x, w, labels))), labels)
     return tuple(jnp.where(keep, y, 0) for y in results)
 
 
@@ -63,7 +63,7 @@ def _forward(head, x, w, labels):
         return new_peak, s + jnp.sum(weights, axis=-1), t + jnp.sum(weights * below, axis=-1), at_label
 
     zero = jnp.zeros(M, wide)
-    start = vary((jnp.full(M, MASKED, wide), zero, zero, zero), varying_axes((x, w, labels)))
+    start = vary((jnp.full(M, MASKED, wide), zero, zero, zero), varying_axes(x))
     peak, s, t, at_label = _over_columns(M, V, chunk, start)
     common = head.max(peak)
     s, t = (head.sum(y) for y in _rescaled(s, t, peak - common))
@@ -92,7 +92,7 @@ def _backward(head, saved, cotangents):
         return dx, dw_rows if size == V else lax.dynamic_update_slice_in_dim(dw, dw_rows, start, axis=0)
 
     zeros = jnp.zeros(x.shape, wide), jnp.zeros(w.shape, w.dtype)
-    dx, dw = _over_columns(M, V, chunk, vary(zeros, varying_axes((x, w, labels, cotangents))))
+    dx, dw = _over_columns(M, V, chunk, vary(zeros, varying_axes(x)))
     return dx.astype(x.dtype), dw, None
 
 

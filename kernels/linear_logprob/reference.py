@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dqjax.kernels.linear_logprob.head import Head
+from dqjax.kernels.linear_logprob.head import MASKED, Head
 from dqjax.kernels.linear_logprob.teacher import TeacherHead, TopK
 
 
@@ -75,5 +75,6 @@ def _bucketed(logp, teacher, tail):
     others = jnp.ones_like(logp, bool).at[jnp.arange(len(logp))[:, None], jnp.where(kept, teacher.ids, logp.shape[1])]
     others = others.set(False, mode="drop")
     rest = jax.nn.logsumexp(logp, axis=-1, where=others, keepdims=True)
+    rest = jnp.maximum(rest, MASKED)  # the k may be all there is
     at_k = jnp.where(kept, at_k, logq)  # an empty slot: no mass on either side
     return jnp.concatenate([at_k, rest], axis=-1), jnp.concatenate([logq, log_tail], axis=-1)
