@@ -1,8 +1,8 @@
 """Sources tokenised once and kept on disk, as flat arrays that are mapped into memory.
 
 An entry of the cache is a folder named by a hash of everything that it depends on: the tokenizer, its template, the
-bytes of the data, the settings and this module's `FORMAT`. It is written under a temporary name and renamed, so an entry
-that exists is whole, whoever was killed meanwhile, and two writers of one entry do not disturb each other.
+bytes of the data, the settings and this module's `FORMAT`. It is written under a temporary name and renamed, so an
+entry that exists is whole, whoever was killed meanwhile, and two writers of one entry do not disturb each other.
 """
 
 import concurrent.futures

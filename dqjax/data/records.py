@@ -313,7 +313,7 @@ def _turns(value: Any, name: str, role: str | None = "user") -> list[Message]:
         if not isinstance(turn, Mapping):
             raise BadRow(f"{where}: expected an object, got {type(turn).__name__}")
         kind = turn.get("role", turn.get("from"))
-        if kind not in ROLES:
+        if not isinstance(kind, str) or kind not in ROLES:
             raise BadRow(f"{where}: unknown role {kind!r}")
         content = turn["content"] if "content" in turn else turn.get("value")
         if ROLES[kind] == "system" and i == 0 and content in ("", None):

@@ -1,8 +1,12 @@
 """Training ids are the served prompt's ids and then what the model should sample; oracle: apply_chat_template."""
 
+import os
+import random
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import transformers
 
 from dqjax.config import ConfigError
 from dqjax.data.chat import ChatFormat, Response, parse_response
@@ -17,8 +21,8 @@ ASK1, ASK2 = "<|im_start|>user\n3+4?<|im_end|>\n", "<|im_start|>user\nLess 2?<|i
 SAID1, START = "<|im_start|>assistant\n7<|im_end|>\n", "<|im_start|>assistant\n"
 SHUT = "<think>\n\n</think>\n\n"
 
-# template, thinking, messages, [(prompt, answer) for each assistant turn]; Qwen3's prompts were compared with its own
-# template (18,000 random conversations), Qwen2.5's template is the published one without its tools.
+# template, thinking, messages, [(prompt, answer) for each assistant turn]. Qwen3's own template agrees (see
+# test_qwen3s_own_template_renders_the_same); Qwen2.5's is the published one without its tools.
 GOLDEN = [
     ("qwen3", "on", ONE, [(ASK1 + START, "<think>\n3+4=7\n</think>\n\n7")]),
     ("qwen3", "off", ONE, [(ASK1 + START + SHUT, "7")]),
@@ -204,3 +208,41 @@ def test_a_prompt_that_is_no_token_prefix_is_refused(qwen3):
 )
 def test_parse_response(text, opened, expected):
     assert parse_response(text, opened=opened) == expected
+
+
+@pytest.mark.skipif(
+    "DQJAX_QWEN3_TOKENIZER" not in os.environ, reason="set DQJAX_QWEN3_TOKENIZER to a folder of Qwen3's"
+)
+def test_qwen3s_own_template_renders_the_same():
+    """Opt-in, with Qwen3's own tokenizer: 18,000 renderings of random conversations, odd ones among them."""
+    own = transformers.AutoTokenizer.from_pretrained(os.environ["DQJAX_QWEN3_TOKENIZER"])
+    theirs, ours = own.chat_template, template("qwen3")
+    rng = random.Random(0)
+    for _ in range(3000):
+        turns = [{"role": "system", "content": rng.choice(["Be brief.", "  x\n"])}] if rng.random() < 0.5 else []
+        for _ in range(rng.randint(1, 4)):
+            turns += [{"role": "user", "content": rng.choice(["3+4?", "hi\n", "<think>a</think>b"])}] * rng.choice(
+                [1, 1, 2]
+            )
+            said = rng.choice(["7", "\n\n7", "<think>\nq\n</think>\n\n7", "a</think>b", "<think>x</think>y</think>z"])
+            more = {"reasoning_content": rng.choice(["r", "\nr\n", "", None])} if rng.random() < 0.5 else {}
+            turns += [{"role": "assistant", "content": said} | more] * rng.choice([1, 1, 1, 2])
+        turns = turns[: len(turns) - rng.randint(0, 1)]
+        for prompt in (True, False):
+            for switch in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+                texts = [
+                    own.apply_chat_template(
+                        turns, chat_template=text, add_generation_prompt=prompt, tokenize=False, **switch
+                    )
+                    for text in (theirs, ours)
+                ]
+                assert texts[0] == texts[1], turns
+    for text in (theirs, ours):
+        own.chat_template = text
+        chat = ChatFormat.of(own)
+        assert (chat.end_id, chat.stop_ids, chat.has_switch, chat.opens_block) == (
+            151645,
+            (151643, 151645),
+            True,
+            False,
+        )

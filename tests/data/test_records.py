@@ -131,6 +131,8 @@ BAD = [
     ({"messages": "hello"}, "expected a list of messages, got str"),
     ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: expected text, got NoneType"),
     ({"messages": [{"role": "king", "content": "x"}]}, "unknown role 'king'"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
+    ({"messages": ["hello"]}, r"messages\[0\]: expected an object, got str"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "no user turn"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}, "empty"),
     ({"prompt": "x", "response": 3}, "expected text"),
@@ -200,13 +202,12 @@ def test_normalising_twice_changes_nothing(text):
     assert normalise_question(once) == once
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "from", "content", "value"]), inner)
-    ),
-    max_leaves=8,
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["user", "assistant", "gpt"])
 )
+KEYS = st.sampled_from(["role", "from", "content", "value", "reasoning_content", "solution", "thought"])
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner), max_leaves=8)
+TURNS = st.lists(st.dictionaries(KEYS, SCALARS | JSON), max_size=3)
 NAMES = [
     "messages",
     "conversations",
@@ -222,7 +223,8 @@ NAMES = [
 ]
 
 
-@hypothesis.given(st.dictionaries(st.sampled_from(NAMES), JSON))
+@hypothesis.given(st.dictionaries(st.sampled_from(NAMES), TURNS | JSON))
+@hypothesis.settings(max_examples=300)
 def test_any_object_is_records_or_a_bad_row(row):
     try:
         records = parse_row(row)
