@@ -18,6 +18,8 @@ from dqjax.commands import run_command
 from dqjax.config import ConfigError, load, validate
 from dqjax.eval.benchmarks import BENCHMARKS, benchmark_files, read_problems
 from dqjax.eval.config import EvalConfig, fingerprint
+from dqjax.eval.overlap import find_overlap, training_records
+from dqjax.eval.plots import draw_evaluation
 from dqjax.eval.report import MODES, as_text, compare, summarise, write_report
 from dqjax.eval.run import Graded, claim_folder, evaluate, read_records
 from dqjax.eval.samplers import EndpointSampler, EngineSampler, Sampler
@@ -79,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = config_of(arguments)
     problems = read_problems(config)
+    overlap = None
+    if arguments.training_data:
+        bare = read_problems(config, bare=True)
+        overlap = str(find_overlap(bare, training_records(arguments.training_data)))
     settings = settings_of(arguments, config)
     out = claim_folder(arguments.out or default_folder(arguments, config), settings)
     sampler = endpoint_sampler(arguments, config) if arguments.endpoint else engine_sampler(arguments, config)
@@ -93,8 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             records=out / "records.jsonl",
             progress=True,
         )
-    report = report_of(out, graded, config, settings, against=arguments.against)
+    report = report_of(out, graded, config, settings, overlap=overlap, against=arguments.against)
     print(as_text(report))
+    if arguments.plots:
+        runs = {MODES[mode]: [g for g in graded if g.thinking == mode] for mode in config.modes}
+        draw_evaluation(out, runs, max_new_tokens=config.max_new_tokens, level=config.level)
     print(f"written to {out}", file=sys.stderr)
     return 0
 

@@ -75,8 +75,11 @@ class Benchmark:
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_problems(config: EvalConfig) -> list[Record]:
+def read_problems(config: EvalConfig, *, bare: bool = False) -> list[Record]:
     """The problems of a benchmark, with prompts as they will be asked.
+
+    Args:
+      bare: without the config's instruction and system prompt.
 
     Raises:
       ConfigError: no such benchmark or file; or rows that cannot be used, each with file and line.
@@ -89,7 +92,8 @@ def read_problems(config: EvalConfig) -> list[Record]:
         problems = _read_plain(config)
     if not problems:
         raise ConfigError(f"{config.benchmark} has no problems" + (" in these dates" if config.released else ""))
-    return [_ask(problem, config) for problem in problems[: config.limit]]
+    problems = problems[: config.limit]
+    return problems if bare else [_ask(problem, config) for problem in problems]
 
 
 def benchmark_files(config: EvalConfig) -> list[pathlib.Path]:

@@ -151,7 +151,7 @@ class Mix:
         n = len(completions)
         grades = {name: self._grade(name, completions) for name in self._terms}
         failed = {name: np.array([g.failed is not None for g in mine], bool) for name, mine in grades.items()}
-        scores = {name: np.array([0.0 if g.failed else g.score for g in mine], np.float64) for name, mine in grades.items()}
+        scores = {name: np.array([0.0 if g.failed is not None else g.score for g in mine], np.float64) for name, mine in grades.items()}
         correct = scores["correct"] >= RIGHT if "correct" in scores else np.zeros(n, bool)
         counted = {name: ~failed[name] & (correct | (not term.correct_only)) for name, term in self._terms.items()}
         total = np.zeros(n)

@@ -4,12 +4,13 @@ The scorers give partial credit (0.01 or 0.05 for trying, on countdown even for 
 least 0.99. Some evaluate the answer as an expression, so they run in worker processes with a time limit.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
 
-from dqjax.config import Section
+from dqjax.config import ConfigError, Section
 from dqjax.rewards import extract
 from dqjax.rewards.types import Completion, Grade, could_not
 from dqjax.rewards.workers import Workers
@@ -34,11 +35,16 @@ class TaskGrader:
 
     A problem names its task in `extra["metadata"]["source_dataset"]`. The scorer gets the last box, else the last
     `<answer>` tag, else the whole answer behind the think block.
+
+    Raises:
+      ConfigError: reasoning-gym is not installed.
     """
 
     def __init__(self, config: TasksConfig = TasksConfig()):
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise ConfigError("reasoning-gym problems need an extra package: pip install 'dqjax[tasks]'")
         self._config = config
-        self._workers = Workers("dqjax.rewards.tasks:score", workers=config.workers, timeout=config.timeout)
+        self._workers = Workers("dqjax.rewards.task_scores:score", workers=config.workers, timeout=config.timeout)
 
     def __call__(self, completions: Sequence[Completion]) -> list[Grade]:
         grades: list[Grade | None] = []
@@ -74,14 +80,3 @@ def _request(completion: Completion) -> dict:
     if stated is None:
         stated = extract.last_tag(answer)
     return {"task": task_of(problem), "entry": entry, "prediction": answer.strip() if stated is None else stated}
-
-
-def score(request: Mapping[str, Any]) -> float:
-    """The scorer's verdict, 0 to 1: what a worker runs.
-
-    Raises:
-      ValueError: reasoning-gym has no such task.
-    """
-    from reasoning_gym import get_score_answer_fn
-
-    return float(get_score_answer_fn(request["task"])(answer=request["prediction"], entry=request["entry"]))

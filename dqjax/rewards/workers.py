@@ -4,6 +4,8 @@ Graders that call other people's code on text that a model wrote (sympy on `10^{
 stopped from outside: such code may run for hours, take all memory, or die. So each worker is a process of its own, spoken
 to over pipes, one line of JSON a request. A request that runs over its time costs the worker its life and nothing else.
 
+A worker gives up its rights to files, network and processes (`sandbox.confine`) where the kernel lets it.
+
 Neither fork nor multiprocessing is used: a trainer holds accelerator threads, which fork breaks, and `spawn` would import
 the trainer's main module in every worker.
 """
@@ -24,6 +26,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from dqjax.rewards.sandbox import confine
+
+ROOT = pathlib.Path(__file__).parents[2]
 START_SECONDS = 120.0  # for imports on a busy machine; the time limit of a request starts after them
 
 
@@ -109,8 +114,7 @@ class Workers:
 
 class _Worker:
     def __init__(self, function: str, timeout: float, memory: int):
-        root = str(pathlib.Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, function, str(timeout), str(memory)],
             stdin=subprocess.PIPE,
@@ -178,6 +182,11 @@ def _main(function: str, timeout: str, memory: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     module, _, name = function.partition(":")
     target = getattr(importlib.import_module(module), name)
+    # Such code evaluates text that a model wrote (sympy's parser does): it needs no network, no files, no processes.
+    try:
+        confine.confine(readable=[*confine.installation(), str(ROOT / "dqjax")], writable=[])
+    except confine.Unconfined as e:
+        print(f"grading without confinement: {e}", file=sys.stderr)
     replies.write(b"ready\n")
     replies.flush()
     _serve(target, float(timeout), replies)

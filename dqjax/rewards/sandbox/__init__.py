@@ -26,7 +26,6 @@ import secrets
 import selectors
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from typing import Any
 import pydantic
 
 from dqjax.config import Section
+from dqjax.rewards.sandbox import confine
 
 _CHILD = pathlib.Path(__file__).parent / "child.py"
 _LOOK = 0.02  # seconds between two looks at threads and files
@@ -109,8 +109,8 @@ def _run(job: dict[str, Any], stdin: str, limits: LimitsConfig, calls: int = 1) 
     kept = limits.model_dump(include={"memory", "file_size", "open_files"})
     job |= {
         "limits": kept | {"cpu": max(1, round(limits.cpu * calls))},
-        "readable": _readable(),
-        "packages": _packages(),
+        "readable": confine.installation(),
+        "packages": confine.packages(),
         "parent": os.getpid(),
     }
     with tempfile.TemporaryDirectory(prefix="dqjax-program-") as folder:
@@ -270,17 +270,3 @@ def _file(text: str):
     stream.write(text.encode("utf-8", "surrogatepass"))
     stream.seek(0)
     return stream
-
-
-def _packages() -> list[str]:
-    paths = sysconfig.get_paths()
-    return list(dict.fromkeys(paths[name] for name in ("purelib", "platlib")))
-
-
-def _readable() -> list[str]:
-    """The Python installation without the folders of users, the system's libraries, and harmless devices."""
-    paths = sysconfig.get_paths()
-    python = [paths["stdlib"], paths["platstdlib"], os.path.join(sys.base_prefix, "lib"), *_packages()]
-    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo", "/etc/localtime"]
-    devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/sys/devices/system/cpu"]
-    return list(dict.fromkeys([*python, *system, *devices]))

@@ -19,6 +19,8 @@ import os
 import platform
 import resource
 import struct
+import sys
+import sysconfig
 
 # System calls that are refused, by reason: (number on x86_64, number on aarch64); None where there is none.
 _PROCESSES = {
@@ -132,6 +134,21 @@ def confine(*, readable: list[str], writable: list[str]) -> None:
     sock_fprog = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
     if libc.prctl(_PR_SET_SECCOMP, 2, ctypes.c_char_p(sock_fprog), 0, 0):
         raise Unconfined(f"seccomp filter: {os.strerror(ctypes.get_errno())}")
+
+
+def installation() -> list[str]:
+    """What a Python program has to read: the installation and its packages, the system's libraries, harmless devices."""
+    paths = sysconfig.get_paths()
+    python = [paths["stdlib"], paths["platstdlib"], os.path.join(sys.base_prefix, "lib"), *packages()]
+    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo", "/etc/localtime"]
+    devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/sys/devices/system/cpu"]
+    return list(dict.fromkeys([*python, *system, *devices]))
+
+
+def packages() -> list[str]:
+    """The folders of installed packages."""
+    paths = sysconfig.get_paths()
+    return list(dict.fromkeys(paths[name] for name in ("purelib", "platlib")))
 
 
 def die_with_parent(parent: int) -> None:
