@@ -1,0 +1,85 @@
+"""python -m dqjax.convert from-hf SRC DST, python -m dqjax.convert to-hf SRC DST."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from dqjax.commands import run_command
+from dqjax.convert.export import from_huggingface, to_huggingface_folder
+from dqjax.convert.licence import Licence
+
+DESCRIPTION = """Checkpoints in and out.
+
+  from-hf   a Hugging Face folder (safetensors) or hub name -> a checkpoint folder: model/ and checkpoints/.
+            Training, generation and evaluation take Hugging Face folders directly, too.
+  to-hf     a run folder or checkpoint folder -> a Hugging Face folder: weights, config.json,
+            generation_config.json, tokenizer, LICENSE and a model card."""
+
+EXAMPLES = """examples:
+  python -m dqjax.convert from-hf Qwen/Qwen3-0.6B models/qwen3-0.6b
+  python -m dqjax.convert to-hf runs/sft exports/my-student --teacher deepseek-ai/DeepSeek-R1"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dqjax.convert",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    plain = argparse.RawDescriptionHelpFormatter
+    into = commands.add_parser("from-hf", help="Hugging Face folder to checkpoint", epilog=EXAMPLES, formatter_class=plain)
+    out = commands.add_parser("to-hf", help="checkpoint to Hugging Face folder", epilog=EXAMPLES, formatter_class=plain)
+    into.add_argument("source", metavar="SRC", help="a Hugging Face folder, or org/name on the hub")
+    out.add_argument("source", metavar="SRC", help="a run folder or a converted checkpoint")
+    for command in (into, out):
+        command.add_argument("target", metavar="DST", type=pathlib.Path, help="a folder that does not exist yet, or is empty")
+    out.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest intact one)")
+    out.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights")
+    out.add_argument("--base", help="name of the base model, for the card (default: from the run's config)")
+    out.add_argument("--teacher", action="append", default=[], metavar="NAME", help="a teacher, for the card; repeatable")
+    out.add_argument("--data", action="append", default=[], metavar="NAME", help="a data set, for the card; repeatable")
+    return run_command(lambda: run(parser.parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    # Conversion needs host memory only: an accelerator stays free for whoever uses it.
+    jax.config.update("jax_platforms", "cpu")
+    if args.command == "from-hf":
+        licence = from_huggingface(args.source, args.target)
+        print(f"{args.target}: checkpoint of {args.source}")
+    else:
+        card = to_huggingface_folder(
+            args.source,
+            args.target,
+            step=args.step,
+            dtype=args.dtype,
+            base=args.base,
+            teachers=args.teacher,
+            data=args.data,
+        )
+        licence = card.licence
+        print(f"{args.target}: step {card.step} of {args.source}, {args.dtype}, {card.parameters:,} parameters")
+    say_licence(licence)
+    return 0
+
+
+def say_licence(licence: Licence) -> None:
+    """Tells on the console what the base's licence asks for."""
+    if licence.research_only:
+        print(
+            f"NOTE: the base is under the {licence.name} (by {licence.evidence}): research and evaluation only; "
+            "commercial use of it, or of what is trained from it, needs a licence from its owner",
+            file=sys.stderr,
+        )
+    if licence.id == "unknown":
+        print("NOTE: no licence came with the base: add its LICENSE before you publish this model", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The model card (README.md) of an exported model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+
+import dqjax
+from dqjax.convert.licence import Licence
+
+Thinking = Literal["hybrid", "always", "none"]
+
+_MODES = {
+    "hybrid": (
+        "Thinks by default, inside `<think>…</think>`; `enable_thinking=False` in the chat template asks for an answer "
+        "without it."
+    ),
+    "always": "Thinks before every answer, inside `<think>…</think>`; the answer follows the closing tag.",
+    "none": "Answers without a think block.",
+}
+
+_RESEARCH = (
+    "**Research use only.** The base is licensed for research and evaluation; commercial use of it, and of this model, "
+    "which is derived from it, needs a licence from its owner. See LICENSE."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a card tells.
+
+    Attributes:
+      title: of the model.
+      base: name of the model it was trained from; None for one trained from random parameters.
+      licence: of the base.
+      teachers, data: names; empty where nothing is recorded.
+      thinking: whether and when it thinks.
+      sampling: recommended parameters, as in generation_config.json.
+      parameters: how many.
+      training_config: of the run, as YAML; None for a model that was only converted.
+      step: of the checkpoint.
+    """
+
+    title: str
+    base: str | None
+    licence: Licence
+    teachers: tuple[str, ...]
+    data: tuple[str, ...]
+    thinking: Thinking
+    sampling: Mapping[str, Any]
+    parameters: int
+    training_config: str | None = None
+    step: int | None = None
+
+    def text(self) -> str:
+        """The card in the hub's form: front matter, then Markdown."""
+        front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dqjax"]}
+        if self.licence.on_hub:
+            front["license"] = self.licence.id
+        elif self.licence.id not in ("unknown", "none"):
+            front |= {"license": "other", "license_name": self.licence.id, "license_link": "LICENSE"}
+        if self.base is not None and self.base.count("/") == 1:
+            front["base_model"] = self.base
+        trained = self.training_config is not None
+        parts = [
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+            f"# {self.title}\n",
+            *([_RESEARCH + "\n"] if self.licence.research_only else []),
+            "| | |\n|---|---|",
+            f"| Base | {self.base or 'none: trained from random parameters'} |",
+            f"| Licence of the base | {self._licence()} |",
+            f"| Teachers | {', '.join(self.teachers) or 'not recorded'} |",
+            f"| Data | {', '.join(self.data) or 'not recorded'} |",
+            f"| Thinking | {_MODES[self.thinking]} |",
+            f"| Recommended sampling | {', '.join(f'{k} {v}' for k, v in self.sampling.items())} |",
+            f"| Parameters | {self.parameters:,} |",
+            f"| Made with | dqjax {dqjax.__version__}{f', checkpoint of step {self.step}' if trained else ''} |",
+            "",
+            "## Use\n",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "."  # this folder',
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            'chat = [{"role": "user", "content": "What is 17 * 23?"}]',
+            'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4096)[0]))",
+            "```\n",
+            "`generation_config.json` holds the recommended sampling and the stop tokens; greedy decoding of long chains",
+            "tends to loop.\n",
+        ]
+        if trained:
+            parts += ["## Training configuration\n", f"```yaml\n{self.training_config.strip()}\n```\n"]
+        return "\n".join(parts)
+
+    def _licence(self) -> str:
+        if self.base is None:
+            return "none: no base"
+        return f"{self.licence.name} (recognised by {self.licence.evidence})"
