@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dqjax.steps.grpo import GRPOConfig, make_grpo_loss, make_token_logprobs, weigh_samples
+from tests.steps import tiny
 
 TEMPERATURE, LONGEST = 0.7, 12
 
@@ -31,43 +32,43 @@ VARIANTS = {
 }
 
 
-def make_samples(tools, seed=0, count=6):
+def make_samples(seed=0, count=6):
     """Samples with advantages, and the log-probabilities of three other policies at each token."""
     rng = np.random.default_rng(seed)
     made = []
-    for ids, prompt in tools.sequences(seed, count):
+    for ids, prompt in tiny.sequences(seed, count):
         near = lambda spread: rng.normal(size=len(ids)).astype(np.float32) * spread  # noqa: B023, E731
         made.append((ids, prompt, float(rng.normal()), near(0.3), near(0.2), near(0.5)))
     return made
 
 
-def pack_samples(tools, samples, params, truncated=(), row_length=32, rows=None, old=True):
+def pack_samples(samples, params, truncated=(), row_length=32, rows=None, old=True):
     """The samples as a batch: old, sampled and reference log-probabilities are the policy's, moved a little."""
-    items, leaves = [], tools.torch_copy(params)
+    items, leaves = [], tiny.torch_copy(params)
     for i, (ids, prompt, advantage, d_old, d_sample, d_reference) in enumerate(samples):
-        at_policy, _ = tools.torch_logprobs(leaves, ids, TEMPERATURE)
+        at_policy, _ = tiny.torch_logprobs(leaves, ids, TEMPERATURE)
         logp = np.concatenate([[0], at_policy.detach().numpy()]).astype(np.float32)
         per_token = {"sample_logprobs": logp + d_old + d_sample, "reference_logprobs": logp + d_reference}
         if old:
             per_token["old_logprobs"] = logp + d_old
         values = {"advantage": advantage, "truncated": int(i in truncated)}
-        items.append([tools.tokens_of(ids, prompt, values, per_token)])
-    return tools.pack(items, row_length, rows)
+        items.append([tiny.tokens_of(ids, prompt, values, per_token)])
+    return tiny.pack(items, row_length, rows)
 
 
-def trl_loss(tools, samples, params, config: GRPOConfig, truncated=()):
+def trl_loss(samples, params, config: GRPOConfig, truncated=()):
     """Value and gradients of `GRPOTrainer._compute_loss` on the same samples, padded."""
     import torch
     from trl import GRPOTrainer
 
-    leaves = tools.torch_copy(params)
+    leaves = tiny.torch_copy(params)
     width = max(len(ids) - prompt for ids, prompt, *_ in samples)
 
     def padded(rows, dtype=torch.float32):
         return torch.stack([torch.nn.functional.pad(torch.as_tensor(r, dtype=dtype), (0, width - len(r))) for r in rows])
 
     def logps(self, model, input_ids, attention_mask, logits_to_keep, **_):
-        both = [tools.torch_logprobs(leaves, ids, TEMPERATURE) for ids, *_ in samples]
+        both = [tiny.torch_logprobs(leaves, ids, TEMPERATURE) for ids, *_ in samples]
         rows = [[x[prompt - 1 :] for x in pair] for pair, (_, prompt, *_) in zip(both, samples)]
         return padded([r[0] for r in rows]), padded([r[1] for r in rows]), None
 
@@ -137,22 +138,22 @@ def trl_loss(tools, samples, params, config: GRPOConfig, truncated=()):
     return loss.item(), gradients, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-def our_loss(tools, batch, params, config, parts=1, mask_truncated=False):
+def our_loss(batch, params, config, parts=1, mask_truncated=False):
     weighed = weigh_samples(batch, config.loss, max_length=LONGEST, mask_truncated=mask_truncated)
-    loss = make_grpo_loss(tools.Bigram(), tools.one_device(), config.options(), temperature=TEMPERATURE)
-    return tools.value_and_grad(loss, params, weighed, parts=parts)
+    loss = make_grpo_loss(tiny.Bigram(), tiny.one_device(), config.options(), temperature=TEMPERATURE)
+    return tiny.value_and_grad(loss, params, weighed, parts=parts)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_loss_and_gradient_equal_trl(tools, name):
-    config, params = GRPOConfig(**VARIANTS[name]), tools.Bigram().init(1)
-    samples = make_samples(tools)
-    want, want_grads, want_metrics = trl_loss(tools, samples, params, config, truncated={2})
-    batch = pack_samples(tools, samples, params, truncated={2})
+def test_loss_and_gradient_equal_trl(name):
+    config, params = GRPOConfig(**VARIANTS[name]), tiny.Bigram().init(1)
+    samples = make_samples()
+    want, want_grads, want_metrics = trl_loss(samples, params, config, truncated={2})
+    batch = pack_samples(samples, params, truncated={2})
     assert batch.tokens.shape[0] < len(samples)  # some rows hold several
-    grads, value, metrics = our_loss(tools, batch, params, config, mask_truncated=True)
+    grads, value, metrics = our_loss(batch, params, config, mask_truncated=True)
     np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)
-    tools.assert_trees_close(grads, want_grads)
+    tiny.assert_trees_close(grads, want_grads)
     ours = {k: float(m.total / m.count) for k, m in metrics.items() if hasattr(m, "total")}
     np.testing.assert_allclose(ours["entropy"], want_metrics["entropy"], rtol=1e-5)
     if config.kl:

@@ -10,19 +10,20 @@ import pytest
 
 from dqjax.losses.pairs import weigh_pairs
 from dqjax.steps.preference import make_preference_loss, make_sequence_logprobs
+from tests.steps import tiny
 
 
-def make_pairs(tools, seed=0, count=5):
+def make_pairs(seed=0, count=5):
     """((ids, prompt) chosen, (ids, prompt) rejected, beta) with a shared prompt."""
     rng = np.random.default_rng(seed)
     made = []
-    for (chosen, prompt), (rejected, _) in zip(tools.sequences(seed, count), tools.sequences(seed + 1, count)):
+    for (chosen, prompt), (rejected, _) in zip(tiny.sequences(seed, count), tiny.sequences(seed + 1, count)):
         rejected = np.concatenate([chosen[:prompt], rejected])
         made.append(((chosen, prompt), (rejected, prompt), float(rng.choice([0.1, 0.2, 0.5]))))
     return made
 
 
-def pack_pairs(tools, pairs, reference=None, row_length=40, rows=None, beta=None):
+def pack_pairs(pairs, reference=None, row_length=40, rows=None, beta=None):
     """The pairs as a batch; `reference` are the parameters whose log-probabilities are cached."""
     items = []
     for i, (chosen, rejected, own_beta) in enumerate(pairs):
@@ -30,19 +31,19 @@ def pack_pairs(tools, pairs, reference=None, row_length=40, rows=None, beta=None
         for side, (ids, prompt) in ((1, chosen), (0, rejected)):
             values = {"pair_id": i, "chosen": side, "beta": own_beta if beta is None else beta, "gap": i % 3}
             if reference is not None:
-                logp, _ = tools.torch_logprobs(tools.torch_copy(reference), ids)
+                logp, _ = tiny.torch_logprobs(tiny.torch_copy(reference), ids)
                 values["reference_logprob"] = logp[prompt - 1 :].sum().item()
-            item.append(tools.tokens_of(ids, prompt, values))
+            item.append(tiny.tokens_of(ids, prompt, values))
         items.append(item)
-    return weigh_pairs(tools.pack(items, row_length, rows))
+    return weigh_pairs(tiny.pack(items, row_length, rows))
 
 
-def trl_loss(tools, pairs, params, reference, beta, kind):
+def trl_loss(pairs, params, reference, beta, kind):
     """Value, gradients and metrics of `DPOTrainer.compute_loss` on the padded pairs."""
     import torch
     from trl import DPOTrainer
 
-    leaves, fixed = tools.torch_copy(params), tools.torch_copy(reference)
+    leaves, fixed = tiny.torch_copy(params), tiny.torch_copy(reference)
     both = [side for k in (0, 1) for side in [p[k] for p in pairs]]
     width = max(len(ids) for ids, _ in both)
     mask = torch.tensor([[int(prompt <= t < len(ids)) for t in range(width)] for ids, prompt in both])
@@ -50,7 +51,7 @@ def trl_loss(tools, pairs, params, reference, beta, kind):
     def outputs(leaves):
         rows = []
         for ids, prompt in both:
-            logp, _ = tools.torch_logprobs(leaves, ids)
+            logp, _ = tiny.torch_logprobs(leaves, ids)
             logp = torch.where(torch.arange(len(logp)) >= prompt - 1, logp, 0.0)
             rows.append(torch.nn.functional.pad(logp, (0, width - 1 - len(logp))))
         logps = torch.stack(rows)
@@ -85,17 +86,17 @@ def trl_loss(tools, pairs, params, reference, beta, kind):
 
 @pytest.mark.parametrize(("kind", "beta"), [("sigmoid", 0.1), ("sigmoid", 0.7), ("sigmoid_norm", 5.0)])
 @pytest.mark.parametrize("reference", ["cached", "frozen"])
-def test_dpo_equals_trl(tools, kind, beta, reference):
-    model = tools.Bigram()
-    params, other, pairs = model.init(1, 0.5), model.init(2, 0.5), make_pairs(tools)
-    want, want_grads, want_metrics = trl_loss(tools, pairs, params, other, beta, kind)
+def test_dpo_equals_trl(kind, beta, reference):
+    model = tiny.Bigram()
+    params, other, pairs = model.init(1, 0.5), model.init(2, 0.5), make_pairs()
+    want, want_grads, want_metrics = trl_loss(pairs, params, other, beta, kind)
     loss = make_preference_loss(
-        model, tools.one_device(), beta=beta, length_normalised=kind == "sigmoid_norm", reference=reference
+        model, tiny.one_device(), beta=beta, length_normalised=kind == "sigmoid_norm", reference=reference
     )
-    batch = pack_pairs(tools, pairs, other if reference == "cached" else None)
-    grads, value, metrics = tools.value_and_grad(loss, params, batch, {"reference": other})
+    batch = pack_pairs(pairs, other if reference == "cached" else None)
+    grads, value, metrics = tiny.value_and_grad(loss, params, batch, {"reference": other})
     np.testing.assert_allclose(value, want, rtol=1e-5)
-    tools.assert_trees_close(grads, want_grads)
+    tiny.assert_trees_close(grads, want_grads)
     got = {name: float(m.total / m.count) for name, m in metrics.items()}
     np.testing.assert_allclose(got["logprob_chosen"], want_metrics["logps/chosen"], rtol=1e-5)
     if kind == "sigmoid":
@@ -103,11 +104,11 @@ def test_dpo_equals_trl(tools, kind, beta, reference):
         np.testing.assert_allclose(got["margin"], want_metrics["rewards/margins"], rtol=1e-4)
 
 
-def test_cogpo_with_equal_betas_is_dpo(tools):
-    model = tools.Bigram()
-    params, other, pairs = model.init(1, 0.5), model.init(2, 0.5), make_pairs(tools)
-    batch = pack_pairs(tools, pairs, other, beta=0.3)
-    dpo = make_preference_loss(model, tools.one_device(), beta=0.3)
-    cogpo = make_preference_loss(model, tools.one_device())
-    a, b = (tools.value_and_grad(loss, params, batch) for loss in (dpo, cogpo))
-    tools.assert_trees_close(a[:2], b[:2], rtol=1e-6)
+def test_cogpo_with_equal_betas_is_dpo():
+    model = tiny.Bigram()
+    params, other, pairs = model.init(1, 0.5), model.init(2, 0.5), make_pairs()
+    batch = pack_pairs(pairs, other, beta=0.3)
+    dpo = make_preference_loss(model, tiny.one_device(), beta=0.3)
+    cogpo = make_preference_loss(model, tiny.one_device())
+    a, b = (tiny.value_and_grad(loss, params, batch) for loss in (dpo, cogpo))
+    tiny.assert_trees_close(a[:2], b[:2], rtol=1e-6)

@@ -11,33 +11,34 @@ import pytest
 from dqjax.losses.pairs import weigh_pairs
 from dqjax.models.heads import Classifier
 from dqjax.steps.reward import RewardConfig, length_names, make_reward_loss, summarise
+from tests.steps import tiny
 
 
-def make_pairs(tools, seed=0, count=5):
+def make_pairs(seed=0, count=5):
     """(chosen ids, rejected ids, margin) of random pairs."""
     rng = np.random.default_rng(seed)
-    ids = [ids for ids, _ in tools.sequences(seed, 2 * count)]
+    ids = [ids for ids, _ in tiny.sequences(seed, 2 * count)]
     return [(c, r, float(rng.uniform(0, 0.5))) for c, r in zip(ids[::2], ids[1::2])]
 
 
-def pack_pairs(tools, pairs, row_length=32, rows=None):
+def pack_pairs(pairs, row_length=32, rows=None):
     items = [
         [
-            tools.tokens_of(ids, 0, {"pair_id": 100 + i, "chosen": chosen, "margin": margin, "source": i % 2})
+            tiny.tokens_of(ids, 0, {"pair_id": 100 + i, "chosen": chosen, "margin": margin, "source": i % 2})
             for chosen, ids in ((1, c), (0, r))
         ]
         for i, (c, r, margin) in enumerate(pairs)
     ]
-    return weigh_pairs(tools.pack(items, row_length, rows))
+    return weigh_pairs(tiny.pack(items, row_length, rows))
 
 
-def trl_loss(tools, pairs, params, centering, margin):
+def trl_loss(pairs, params, centering, margin):
     """Value, gradients and metrics of `RewardTrainer.compute_loss`; its model gives our scores of the padded batch."""
     import torch
     from trl import RewardTrainer
 
-    leaves = tools.torch_copy(params)
-    scores = torch.stack([tools.torch_logits(leaves, ids)[-1] for side in (0, 1) for ids in [p[side] for p in pairs]])
+    leaves = tiny.torch_copy(params)
+    scores = torch.stack([tiny.torch_logits(leaves, ids)[-1] for side in (0, 1) for ids in [p[side] for p in pairs]])
     trainer = object.__new__(RewardTrainer)
     trainer.model = types.SimpleNamespace(training=True)
     trainer.args = types.SimpleNamespace(center_rewards_coefficient=centering)
@@ -52,14 +53,14 @@ def trl_loss(tools, pairs, params, centering, margin):
 
 
 @pytest.mark.parametrize(("centering", "margin"), [(0.0, False), (0.05, False), (0.0, True), (0.05, True)])
-def test_loss_and_gradient_equal_trl(tools, centering, margin):
-    model = tools.Bigram(rows=1)
-    params, pairs = model.init(3), make_pairs(tools)
-    want, want_grads, want_metrics = trl_loss(tools, pairs, params, centering, margin)
+def test_loss_and_gradient_equal_trl(centering, margin):
+    model = tiny.Bigram(rows=1)
+    params, pairs = model.init(3), make_pairs()
+    want, want_grads, want_metrics = trl_loss(pairs, params, centering, margin)
     loss = make_reward_loss(model, centering=centering, margin=margin)
-    grads, value, metrics = tools.value_and_grad(loss, params, pack_pairs(tools, pairs))
+    grads, value, metrics = tiny.value_and_grad(loss, params, pack_pairs(pairs))
     np.testing.assert_allclose(value, want, rtol=1e-5)
-    tools.assert_trees_close(grads, want_grads)
+    tiny.assert_trees_close(grads, want_grads)
     for ours, theirs in (("accuracy", "accuracy"), ("margin", "margin"), ("score", "mean_reward")):
         got = float(metrics[ours].total / metrics[ours].count)
         np.testing.assert_allclose(got, want_metrics[theirs], rtol=1e-5, atol=1e-6)

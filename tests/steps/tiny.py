@@ -1,25 +1,19 @@
 """Small things the objectives are tried on: packed batches, a language model that is also written in torch."""
 
 import dataclasses
-import typing
 
-import dqjax.types
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-for protocol in (dqjax.types.Loss, dqjax.types.LanguageModel, dqjax.types.Source):
-    typing.runtime_checkable(protocol)  # beartype checks arguments against them; before dqjax.steps is imported
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-
-from dqjax.data.pack import Tokens, pack_items  # noqa: E402
-from dqjax.models.config import SIZES  # noqa: E402
-from dqjax.models.decoder import Decoder  # noqa: E402
-from dqjax.sharding import Rules, make_mesh  # noqa: E402
-from dqjax.steps.accumulate import accumulated_gradients  # noqa: E402
+from dqjax.data.pack import Tokens, pack_items
+from dqjax.models.config import SIZES
+from dqjax.models.decoder import Decoder
+from dqjax.sharding import Rules, make_mesh
+from dqjax.steps.accumulate import accumulated_gradients
 
 VOCAB, WIDTH, LONGEST = 23, 8, 32
+QUICK = {"xla_backend_optimization_level": 0}  # tests compile far more than they compute
 
 
 class Bigram:
@@ -84,14 +78,27 @@ def pack(items, row_length=32, rows=None, **options):
     return pack_items(items, row_length, row_multiple=rows or 1, reduction="sum", **options)
 
 
+def by_token(batch, values):
+    """`[B, T, …]` array of the entries of `values[row]` (`[n, …]` a sequence), found by each sequence's `row`."""
+    B, T = batch.tokens.shape
+    out = np.zeros((B, T, *values[0].shape[1:]), values[0].dtype)
+    for b, t in zip(*np.nonzero(batch.segment_ids)):
+        out[b, t] = values[batch.side["row"][b, batch.sequence_index[b, t]]][batch.positions[b, t]]
+    return out
+
+
 def on_device(batch):
+    """The batch as jax arrays; those that are stay where they lie."""
     return jax.tree.map(jnp.asarray, batch)
 
 
 def value_and_grad(loss, params, batch, frozen=None, parts=1):
-    """(gradients, value, metrics) of a loss on a numpy batch, in `parts` micro-batches."""
-    run = jax.jit(lambda p, f, b: accumulated_gradients(loss, p, f, b, jax.random.key(0), parts))
-    return run(params, frozen, on_device(batch))
+    """(gradients, value, metrics) of a loss on a batch, in `parts` micro-batches."""
+
+    def run(params, frozen, batch):
+        return accumulated_gradients(loss, params, frozen, batch, jax.random.key(0), parts)
+
+    return jax.device_get(jax.jit(run, compiler_options=QUICK)(params, frozen, on_device(batch)))
 
 
 def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):
@@ -105,13 +112,16 @@ def tiny_decoder(rules: Rules) -> Decoder:
     return Decoder(config, rules)
 
 
+def random_like(shapes, seed: int = 3) -> dict:
+    """Parameters of these shapes, without compiling an initialiser; scales (of norms) near 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, s):
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(centre + 0.2 * rng.normal(size=s.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def one_device() -> Rules:
     return Rules(make_mesh(devices=jax.devices()[:1]))
-
-
-@pytest.fixture
-def tools():
-    """The functions of this file: conftest modules cannot be imported by name."""
-    import sys
-
-    return sys.modules[__name__]
