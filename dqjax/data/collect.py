@@ -9,8 +9,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -148,7 +148,7 @@ class _Files(contextlib.AbstractContextManager):
     """jsonl files that get their names only when all of them are complete."""
 
     def __init__(self, folder: pathlib.Path):
-        self._folder, self._open = folder, {}
+        self._folder, self._open, self._suffix = folder, {}, secrets.token_hex(4)
         self.rows: dict[str, int] = {}
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
@@ -167,4 +167,4 @@ class _Files(contextlib.AbstractContextManager):
                 self._making(name).unlink()
 
     def _making(self, name: str) -> pathlib.Path:
-        return self._folder / f".{name}.{os.getpid()}"
+        return self._folder / f".{name}.{self._suffix}"

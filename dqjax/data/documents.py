@@ -5,37 +5,33 @@ bytes of the data, the settings and this module's `FORMAT`. It is written under 
 entry that exists is whole, whoever was killed meanwhile, and two writers of one entry do not disturb each other.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64
-from tqdm import tqdm
 
 from dqjax.config import ConfigError
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import ColumnsConfig, DataConfig, SourceConfig
-from dqjax.data.records import BadRow, Record, question_key
-from dqjax.data.sources import RawRow, Rejected, fingerprint, merge_columns, read_rows, records_in
+from dqjax.data.sources import Rejected, fingerprint, merge_columns
+from dqjax.data.tokenise import tokenise
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise when the arrays, the parsing or the rendering change: old entries are then no longer found
-_CHUNK = 512  # rows a worker takes at once
-_POOL_FROM = 20_000  # rows under which starting processes costs more than it saves
+FORMAT = 2  # raise when the arrays, the parsing or the rendering change: old entries are then no longer found
+_ARRAYS = ("start", "lengths", "answer_start", "difficulty", "question")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,8 +70,7 @@ class Documents:
 
     def take(self, numbers: Int[np.ndarray, " some"]) -> "Documents":
         """These documents alone, numbered anew; their tokens are not copied."""
-        names = ("start", "lengths", "answer_start", "difficulty", "question", "source")
-        arrays = {name: getattr(self, name)[numbers] for name in names}
+        arrays = {name: getattr(self, name)[numbers] for name in (*_ARRAYS, "source")}
         return dataclasses.replace(self, **arrays, ids=[self.ids[n] for n in numbers.tolist()])
 
     def prompt(self, document: int) -> Int32[np.ndarray, " n"]:
@@ -131,23 +126,6 @@ def write_rejected(rejected: Sequence[Rejected], rows: int, *, max_share: float,
     log.warning("%s", said)
 
 
-def turn_mode(record: Record, config: DataConfig) -> str:
-    """How the turns of a record are rendered (`ChatFormat.turns`), by `data.thinking` and `data.no_think_share`."""
-    if config.thinking == "off":
-        return "off"
-    if config.no_think_share and _draw(config.seed, record.id) < config.no_think_share:
-        return "off"
-    if config.thinking == "on":
-        return "on"
-    return "turn" if record.thinking is None else "on" if record.thinking else "off"
-
-
-def _draw(seed: int, id: str) -> float:
-    """A number in [0, 1) that depends on the seed and the id alone."""
-    digest = hashlib.blake2b(f"{seed}\0{id}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
-
-
 def _load_source(
     config: DataConfig, source: SourceConfig, chat: ChatFormat, root: pathlib.Path
 ) -> tuple[Documents, dict[str, Any], list[Rejected]]:
@@ -155,18 +133,28 @@ def _load_source(
     if config.curriculum is not None and config.curriculum.column is not None:
         columns = columns.model_copy(update={"difficulty": config.curriculum.column})
     entry = root / _key(config, source, columns, chat)
-    if not entry.exists():
-        _write_entry(entry, config, source, columns, chat)
+    if entry.exists():
+        try:
+            return _read_entry(entry, source.label)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            log.warning("the cached documents in %s are damaged (%s); tokenising again", entry, e)
+            shutil.rmtree(entry)
+    _write_entry(entry, config, source, columns, chat)
+    return _read_entry(entry, source.label)
+
+
+def _read_entry(entry: pathlib.Path, label: str) -> tuple[Documents, dict[str, Any], list[Rejected]]:
+    """Raises one of the errors above where a file is missing or cut short."""
     meta = json.loads((entry / "meta.json").read_text())
     with (entry / "rejected.jsonl").open(encoding="utf-8") as stream:
         rejected = [Rejected(**json.loads(line)) for line in stream]
-    arrays = {
-        name: np.load(entry / f"{name}.npy", mmap_mode="r" if name == "tokens" else None)
-        for name in ("tokens", "start", "lengths", "answer_start", "difficulty", "question")
-    }
+    arrays = {name: np.load(entry / f"{name}.npy") for name in _ARRAYS}
+    tokens = np.load(entry / "tokens.npy", mmap_mode="r" if meta["tokens"] else None)
     ids = json.loads((entry / "ids.json").read_text(encoding="utf-8"))
-    tokens = (arrays.pop("tokens"),)
-    part = Documents(**arrays, tokens=tokens, source=np.zeros(len(ids), np.int32), ids=ids, sources=(source.label,))
+    found = {len(ids), *map(len, arrays.values())}
+    if found != {meta["documents"]} or len(tokens) != meta["tokens"] or arrays["lengths"].sum() != meta["tokens"]:
+        raise ValueError("its files disagree about their lengths")
+    part = Documents(**arrays, tokens=(tokens,), source=np.zeros(len(ids), np.int32), ids=ids, sources=(label,))
     return part, meta, rejected
 
 
@@ -198,7 +186,7 @@ def _write_entry(
     try:
         lengths, starts, difficulty, question, ids, rejected, rows = [], [], [], [], [], [], 0
         with (making / "tokens.raw").open("wb") as raw:
-            for chunk in _tokenise(config, source, columns, chat):
+            for chunk in tokenise(config, source, columns, chat):
                 raw.write(chunk.tokens.tobytes())
                 lengths.append(chunk.lengths)
                 starts.append(chunk.answer_start)
@@ -217,11 +205,12 @@ def _write_entry(
         arrays["start"] = ends - arrays["lengths"]
         for name, array in arrays.items():
             np.save(making / f"{name}.npy", array)
-        _raw_to_npy(making / "tokens.raw", making / "tokens.npy", int(ends[-1]) if ids else 0)
+        count = int(ends[-1]) if ids else 0
+        _raw_to_npy(making / "tokens.raw", making / "tokens.npy", count)
         (making / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
         with (making / "rejected.jsonl").open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(dataclasses.asdict(bad)) + "\n" for bad in rejected)
-        (making / "meta.json").write_text(json.dumps({"rows": rows, "documents": len(ids), "source": source.label}))
+        (making / "meta.json").write_text(json.dumps({"rows": rows, "documents": len(ids), "tokens": count}))
         try:
             making.rename(entry)
         except OSError:
@@ -251,101 +240,10 @@ def _sweep(root: pathlib.Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Chunk:
-    tokens: np.ndarray
-    lengths: np.ndarray
-    answer_start: np.ndarray
-    difficulty: np.ndarray
-    question: np.ndarray
-    ids: list[str]
-    rejected: list[Rejected]
-    rows: int
-
-
-def _tokenise(config: DataConfig, source: SourceConfig, columns: ColumnsConfig, chat: ChatFormat) -> Iterator[_Chunk]:
-    """Chunks of tokenised rows in the source's order, from this process or from a pool."""
-    work = _ChunkWork(config, columns, source.label, chat)
-    rows = iter(tqdm(read_rows(source), f"tokenising {source.label}", unit=" rows", disable=None, mininterval=1.0))
-    chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
-    workers = config.workers or min(os.cpu_count() or 1, 16)
-    first = list(itertools.islice(chunks, _POOL_FROM // _CHUNK))
-    if workers == 1 or len(first) < _POOL_FROM // _CHUNK:
-        yield from map(work, itertools.chain(first, chunks))
-        return
-    # Processes are spawned: a fork of a process that runs jax's threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (work,)) as pool:
-        yield from _bounded_map(pool, _run_worker, itertools.chain(first, chunks), ahead=2 * workers)
-
-
-def _bounded_map(pool: concurrent.futures.Executor, do: Callable, items: Iterator, ahead: int) -> Iterator:
-    """`pool.map` that keeps at most `ahead` items in flight, so that memory does not grow with the source."""
-    futures: list[concurrent.futures.Future] = []
-    try:
-        for item in items:
-            futures.append(pool.submit(do, item))
-            if len(futures) >= ahead:
-                yield futures.pop(0).result()
-        while futures:
-            yield futures.pop(0).result()
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-@dataclasses.dataclass(frozen=True)
-class _ChunkWork:
-    """Turns raw rows into a `_Chunk`; pickled once for each worker."""
-
-    config: DataConfig
-    columns: ColumnsConfig
-    label: str
-    chat: ChatFormat
-
-    def __call__(self, raws: Sequence[RawRow]) -> _Chunk:
-        rejected, records = [], []
-        for raw in raws:
-            for item in records_in(raw, self.columns, self.label):
-                rejected.append(item) if isinstance(item, Rejected) else records.append((raw, item))
-        modes = [turn_mode(record, self.config) for _, record in records]
-        turns, owners = [], []
-        for (raw, record), made in zip(records, self.chat.turns([record for _, record in records], modes)):
-            if isinstance(made, BadRow):
-                rejected.append(Rejected(raw.file, raw.line, str(made)))
-                continue
-            turns += made
-            owners += [record] * len(made)
-        rejected.sort(key=lambda bad: (bad.file, bad.line))
-        return _Chunk(
-            tokens=np.concatenate([t.ids for t in turns]) if turns else np.zeros(0, np.int32),
-            lengths=np.array([len(t.ids) for t in turns], np.int64),
-            answer_start=np.array([t.answer_start for t in turns], np.int32),
-            difficulty=np.array([np.nan if r.difficulty is None else r.difficulty for r in owners], np.float64),
-            question=np.array([question_key(r) for r in owners], np.int64),
-            ids=[t.id for t in turns],
-            rejected=rejected,
-            rows=len(raws),
-        )
-
-
-_worker: _ChunkWork | None = None
-
-
-def _start_worker(work: _ChunkWork) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = work
-
-
-def _run_worker(raws: Sequence[RawRow]) -> _Chunk:
-    return _worker(raws)
-
-
 @contextlib.contextmanager
 def _replacing(path: pathlib.Path) -> Iterator[Any]:
     """A text file that appears under its name only when it is complete."""
-    making = path.with_name(f".{path.name}.{os.getpid()}")
+    making = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with making.open("w", encoding="utf-8") as stream:
             yield stream
@@ -357,10 +255,7 @@ def _replacing(path: pathlib.Path) -> Iterator[Any]:
 def _join(parts: Sequence[Documents]) -> Documents:
     if len(parts) == 1:
         return parts[0]
-    joined = {
-        name: np.concatenate([getattr(p, name) for p in parts])
-        for name in ("start", "lengths", "answer_start", "difficulty", "question")
-    }
+    joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in _ARRAYS}
     return Documents(
         **joined,
         tokens=tuple(tokens for p in parts for tokens in p.tokens),

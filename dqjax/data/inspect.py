@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections import Counter
 
@@ -10,9 +11,9 @@ import numpy as np
 from dqjax.config import ConfigError, validate
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import ColumnsConfig, DataConfig, SourceConfig
-from dqjax.data.documents import turn_mode
-from dqjax.data.records import BadRow, detect_form
+from dqjax.data.records import BadRow, Record, detect_form
 from dqjax.data.sources import Rejected, decode, read_rows, records_in
+from dqjax.data.tokenise import turn_mode
 from dqjax.data.tokenizer import load_tokenizer
 
 HELP = "print the form of a data file, its lengths in tokens, and a row with its loss mask"
@@ -47,9 +48,9 @@ def run(args: argparse.Namespace) -> None:
             if isinstance(item, Rejected):
                 reasons[item.reason] += 1
                 continue
-            records.append(item)
+            records += _conversations(item)
             if rows >= args.show and shown is None:
-                shown = item
+                shown = _conversations(item)[0]
         with contextlib.suppress(BadRow):
             forms[detect_form(decode(raw))] += 1
     if not rows:
@@ -65,6 +66,9 @@ def run(args: argparse.Namespace) -> None:
     made = chat.turns(records, [turn_mode(r, config) for r in records])
     for reason, count in Counter(str(m) for m in made if isinstance(m, BadRow)).most_common(5):
         print(f"no document {count:,}: {reason}")
+    bare = [r for r, m in zip(records, made, strict=True) if isinstance(m, BadRow) and r.messages[-1].role == "user"]
+    prompts = [chat.prompt_text(r.messages, thinking=args.thinking != "off") for r in bare]
+    _print_lengths(np.array([len(ids) for ids in chat.encode(prompts)]), "prompts")
     turns = [turn for m in made if not isinstance(m, BadRow) for turn in m]
     if turns:
         lengths = np.array([len(t.ids) for t in turns])
@@ -78,6 +82,13 @@ def run(args: argparse.Namespace) -> None:
         for turn in document:
             print(f"\n{turn.id}")
             print(_coloured(tokenizer, turn, colour=sys.stdout.isatty()))
+
+
+def _conversations(record: Record) -> list[Record]:
+    """The record, or for a preference its two conversations."""
+    if record.chosen is None:
+        return [record]
+    return [dataclasses.replace(record, messages=(*record.messages, m)) for m in (record.chosen, record.rejected)]
 
 
 def _print_lengths(lengths: np.ndarray, unit: str) -> None:

@@ -107,6 +107,22 @@ def test_inspect(write_rows, qwen3_folder, capsys):
     assert "characters" in capsys.readouterr().out
 
 
+def test_inspect_of_problems_and_preferences(write_rows, qwen3_folder, capsys):
+    main(["inspect", write_rows([{"question": "3+4?", "answer": 7}]), "--tokenizer", str(qwen3_folder)])
+    said = capsys.readouterr().out
+    assert "answer (1)" in said and "prompts " in said and "no document 1: no answer to train on" in said
+    pair = {"prompt": "3+4?", "chosen": "It is 7.", "rejected": "8"}
+    main(["inspect", write_rows([pair]), "--tokenizer", str(qwen3_folder)])
+    said = capsys.readouterr().out
+    assert "preference (1)" in said and "of 2 documents" in said and "[[It is 7.<|im_end|>]]" in said
+
+
+def test_the_exit_code_of_the_command_itself(tmp_path):
+    argv = [sys.executable, "-m", "dqjax.data", "inspect", str(tmp_path / "none.jsonl")]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "no data file" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_inspect_colours_on_a_terminal(write_rows, qwen3_folder, capsys, monkeypatch):
     path = write_rows([{"prompt": "What?", "response": "This."}])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

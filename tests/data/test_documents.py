@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import dqjax.data.documents as documents_module
+import dqjax.data.tokenise as tokenise_module
 from dqjax.config import ConfigError
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import DataConfig
-from dqjax.data.documents import load_documents, turn_mode
+from dqjax.data.documents import load_documents
 from dqjax.data.records import Message, Record
+from dqjax.data.tokenise import turn_mode
 from dqjax.data.tokenizer import template
 
 ROWS = [
@@ -86,10 +88,10 @@ def test_whatever_changes_the_documents_changes_the_entry(write_rows, tmp_path, 
 def test_processes_write_what_one_process_writes(write_rows, tmp_path, chat3, monkeypatch):
     rows = [*ROWS, {"prompt": "no answer"}, *ROWS[:9], {"text": "?"}]
     path = write_rows(rows)
-    monkeypatch.setattr(documents_module, "_CHUNK", 8)
+    monkeypatch.setattr(tokenise_module, "_CHUNK", 8)
     settings = {"max_bad_share": 0.5}
     alone = load(config(path, tmp_path, **settings), chat3)
-    monkeypatch.setattr(documents_module, "_POOL_FROM", 8)
+    monkeypatch.setattr(tokenise_module, "_POOL_FROM", 8)
     spread = load(config(path, tmp_path, cache_dir=str(tmp_path / "other"), workers=2, **settings), chat3)
     same(alone, spread)
     entries = [next(p for p in (tmp_path / n).iterdir()) for n in ("cache", "other")]
@@ -150,6 +152,22 @@ def test_a_killed_writer_leaves_no_entry(write_rows, tmp_path, qwen3_folder, cha
     os.utime(left[0], (0, 0))
     load(settings.model_copy(update={"thinking": "off"}), chat3)
     assert not left[0].exists()  # swept up once it is old
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "lengths.npy", "ids.json", "meta.json", "rejected.jsonl"])
+def test_a_damaged_entry_is_written_again(write_rows, tmp_path, chat3, caplog, name):
+    settings = config(write_rows([*ROWS, {"text": "?"}]), tmp_path, max_bad_share=0.5)
+    first = load(settings, chat3)
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole = (entry / name).read_bytes()
+    for damage in (whole[: len(whole) // 2], None):
+        (entry / name).unlink()
+        if damage is not None:
+            (entry / name).write_bytes(damage)
+        same(load(settings, chat3), first)
+        assert "damaged" in caplog.text
+        caplog.clear()
+        assert (entry / name).read_bytes() == whole
 
 
 def test_two_writers_of_one_entry(write_rows, tmp_path, chat3, monkeypatch):
