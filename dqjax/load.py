@@ -1,7 +1,6 @@
 """Models for the commands: from a folder or a size to a decoder, its parameters, its tokenizer and its chat format."""
 
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -10,7 +9,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import model_validator
 
 from dqjax.checkpoint import Checkpoints
 from dqjax.config import ConfigError, Section
@@ -18,7 +16,7 @@ from dqjax.convert.huggingface import load_params
 from dqjax.convert.source import ModelSource, resolve_model
 from dqjax.data.chat import ChatFormat
 from dqjax.data.tokenizer import load_tokenizer
-from dqjax.models.config import SIZES, ModelConfig, to_huggingface
+from dqjax.models.config import ModelConfig
 from dqjax.models.decoder import Decoder, Remat
 from dqjax.sharding import Rules
 from dqjax.types import Params
@@ -26,45 +24,32 @@ from dqjax.types import Params
 log = logging.getLogger(__name__)
 
 DType = Literal["float32", "bfloat16"]
-TABLE_MULTIPLE = 64  # a new embedding table gets a multiple of so many rows, so that it divides over a mesh
 
 
 class ModelSection(Section):
     """model: what is trained.
 
-    init_from: a Hugging Face folder, a run folder, or a hub name; or size: random parameters of a named shape (its
-    vocabulary follows the tokenizer). tokenizer: a folder; by default init_from's. chat_template: keep the tokenizer's,
-    or `think`, ours for Qwen2.5 students. dtype: of the arithmetic; parameters are float32. remat: what the backward pass
-    recomputes, from fastest to smallest: none, dots, attention, full. attention_backend: null picks one.
+    init_from: a Hugging Face folder, a run folder, a converted checkpoint, or a hub name (`python -m dqjax.convert new`
+    makes a fresh student). chat_template: keep the tokenizer's, or `think`, ours for Qwen2.5 students. dtype: of the
+    arithmetic; parameters are float32. remat: what the backward pass recomputes, from fastest to smallest: none, dots,
+    attention, full. attention_backend: null picks one.
     """
 
-    init_from: str | None = None
-    size: str | None = None
-    tokenizer: str | None = None
+    init_from: str
     chat_template: Literal["keep", "think"] = "keep"
     dtype: DType = "bfloat16"
     remat: Remat = "full"
     attention_backend: str | None = None
 
-    @model_validator(mode="after")
-    def _one_origin(self):
-        if (self.init_from is None) == (self.size is None):
-            raise ValueError("give either init_from (a model to go on from) or size (a new one)")
-        if self.size is not None and self.size not in SIZES:
-            raise ValueError(f"size: unknown {self.size!r}; one of {', '.join(SIZES)}")
-        if self.size is not None and self.tokenizer is None:
-            raise ValueError("tokenizer: a model made from a size needs a tokenizer folder")
-        return self
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model ready for use; `source` is None for one made from a size."""
+    """A model ready for use, all but its parameters."""
 
     decoder: Decoder
     tokenizer: Any
     chat: ChatFormat
-    source: ModelSource | None
+    source: ModelSource
 
     @property
     def config(self) -> ModelConfig:
@@ -78,13 +63,9 @@ class Model:
 
 def build_model(section: ModelSection, rules: Rules) -> Model:
     """Config, tokenizer and decoder, without parameters yet; raises ConfigError before anything is compiled."""
-    source = resolve_model(section.init_from) if section.init_from else None
-    config = source.config() if source else SIZES[section.size]
-    folder = pathlib.Path(section.tokenizer) if section.tokenizer else source.files
-    tokenizer = load_tokenizer(folder, chat_template=section.chat_template, vocab_size=config.vocab_size if source else None)
-    if source is None:
-        entries = max(tokenizer.get_vocab().values()) + 1
-        config = dataclasses.replace(config, vocab_size=-(-entries // TABLE_MULTIPLE) * TABLE_MULTIPLE)
+    source = resolve_model(section.init_from)
+    config = source.config()
+    tokenizer = load_tokenizer(source.files, chat_template=section.chat_template, vocab_size=config.vocab_size)
     decoder = Decoder(config, rules, jnp.dtype(section.dtype), section.remat, section.attention_backend)
     return Model(decoder, tokenizer, ChatFormat.of(tokenizer), source)
 
@@ -123,9 +104,6 @@ def write_model_files(model: Model, folder: pathlib.Path) -> None:
     """config.json, tokenizer and chat template, generation_config.json and the base's licence, for a run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model.tokenizer.save_pretrained(folder)
-    if model.source is None:
-        (folder / "config.json").write_text(json.dumps(to_huggingface(model.config), indent=2) + "\n")
-        return
     for pattern in ("config.json", "generation_config.json", "LICENSE*", "README.md"):
         for path in model.source.files.glob(pattern):
             shutil.copyfile(path, folder / path.name)

@@ -173,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the plan runs on the host, also where an accelerator is
     config = load(Config, arguments.config, arguments.overrides)
-    size = arguments.size or config.model.size
-    shape = SIZES[size] if size else resolve_model(config.model.init_from).config()
+    shape = SIZES[arguments.size] if arguments.size else resolve_model(config.model.init_from).config()
     print(report(plan_step(config, shape, arguments.topology)))
     return 0
 

@@ -219,8 +219,7 @@ def _start(config: Config, model: Model, optimizer: Any, shardings: State, check
             log.warning("resumed in another environment, bit-exactness is not promised: %s", changed)
         log.info("resuming after step %d", step)
         return state_from(items), meta
-    params = model.decoder.init(jax.random.key(config.train.seed)) if model.source is None else read_parameters(model)
-    return init_state(params, optimizer, config.train.seed, shardings), {}
+    return init_state(read_parameters(model), optimizer, config.train.seed, shardings), {}
 
 
 def make_evaluation(

@@ -1,8 +1,9 @@
-"""A small world for tests of the commands: chain_sum data, a tokenizer, and configs/debug pointed at them."""
+"""A small world for tests of the commands: chain_sum data, a tokenizer, a student, and configs/debug pointed at them."""
 
 import pathlib
 import shutil
 
+from dqjax.convert.new import new_student
 from dqjax.data.__main__ import main as data_command
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -10,7 +11,7 @@ DEBUG = ROOT / "configs" / "debug"
 
 
 def make_workspace(folder: pathlib.Path, problems: int = 240) -> pathlib.Path:
-    """Writes runs/chain_sum/{data,tokenizer} below `folder`, as the quickstart does, only smaller."""
+    """Writes runs/chain_sum/{data,tokenizer,student} below `folder`, as the quickstart does, only smaller."""
     config = folder / "chain_sum.yaml"
     shutil.copyfile(ROOT / "configs" / "data" / "chain_sum.yaml", config)
     text = config.read_text().replace("31000", str(problems + 80)).replace("30000", str(problems))
@@ -19,6 +20,7 @@ def make_workspace(folder: pathlib.Path, problems: int = 240) -> pathlib.Path:
     data = folder / "runs/chain_sum/data/train_columns.jsonl"
     out = folder / "runs/chain_sum/tokenizer"
     assert data_command(["tokenizer", "--input", str(data), "--vocab-size", "320", "--out", str(out)]) == 0
+    new_student("miniature", out, folder / "runs/chain_sum/student")
     return folder
 
 
@@ -26,7 +28,7 @@ def overrides(workspace: pathlib.Path, run: str, *more: str) -> list[str]:
     """Overrides that point a debug config at a workspace and its run at `workspace/run`."""
     base = workspace / "runs/chain_sum"
     return [
-        f"model.tokenizer={base}/tokenizer",
+        f"model.init_from={base}/student",
         f"data.sources={base}/data/train_columns.jsonl",
         f"data.cache_dir={workspace}/cache",
         f"train.run_dir={workspace / run}",

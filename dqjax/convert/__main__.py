@@ -1,4 +1,4 @@
-"""python -m dqjax.convert from-hf SRC DST, python -m dqjax.convert to-hf SRC DST."""
+"""python -m dqjax.convert from-hf SRC DST, to-hf SRC DST, new SIZE DST."""
 
 import argparse
 import pathlib
@@ -10,17 +10,21 @@ import jax
 from dqjax.commands import run_command
 from dqjax.convert.export import from_huggingface, to_huggingface_folder
 from dqjax.convert.licence import Licence
+from dqjax.convert.new import new_student
+from dqjax.models.config import SIZES
 
 DESCRIPTION = """Checkpoints in and out.
 
   from-hf   a Hugging Face folder (safetensors) or hub name -> a checkpoint folder: model/ and checkpoints/.
             Training, generation and evaluation take Hugging Face folders directly, too.
   to-hf     a run folder or checkpoint folder -> a Hugging Face folder: weights, config.json,
-            generation_config.json, tokenizer, LICENSE and a model card."""
+            generation_config.json, tokenizer, LICENSE and a model card.
+  new       a named size and a tokenizer -> a Hugging Face folder with random weights, to train from."""
 
 EXAMPLES = """examples:
   python -m dqjax.convert from-hf Qwen/Qwen3-0.6B models/qwen3-0.6b
-  python -m dqjax.convert to-hf runs/sft exports/my-student --teacher deepseek-ai/DeepSeek-R1"""
+  python -m dqjax.convert to-hf runs/sft exports/my-student --teacher deepseek-ai/DeepSeek-R1
+  python -m dqjax.convert new miniature runs/chain_sum/student --tokenizer runs/chain_sum/tokenizer"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     plain = argparse.RawDescriptionHelpFormatter
     into = commands.add_parser("from-hf", help="Hugging Face folder to checkpoint", epilog=EXAMPLES, formatter_class=plain)
     out = commands.add_parser("to-hf", help="checkpoint to Hugging Face folder", epilog=EXAMPLES, formatter_class=plain)
+    new = commands.add_parser("new", help="a new student of a named size", epilog=EXAMPLES, formatter_class=plain)
+    new.add_argument("size", metavar="SIZE", help=", ".join(SIZES))
+    new.add_argument("--tokenizer", required=True, type=pathlib.Path, metavar="DIR")
+    new.add_argument("--seed", type=int, default=0, help="of the weights; default %(default)s")
     into.add_argument("source", metavar="SRC", help="a Hugging Face folder, or org/name on the hub")
     out.add_argument("source", metavar="SRC", help="a run folder or a converted checkpoint")
-    for command in (into, out):
+    for command in (into, out, new):
         command.add_argument("target", metavar="DST", type=pathlib.Path, help="a folder that does not exist yet, or is empty")
     out.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest intact one)")
     out.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights")
@@ -50,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     # Conversion needs host memory only: an accelerator stays free for whoever uses it.
     jax.config.update("jax_platforms", "cpu")
+    if args.command == "new":
+        config = new_student(args.size, args.tokenizer, args.target, seed=args.seed)
+        print(f"{args.target}: {config.family}, {config.num_parameters:,} parameters, {config.vocab_size} table rows")
+        return 0
     if args.command == "from-hf":
         licence = from_huggingface(args.source, args.target)
         print(f"{args.target}: checkpoint of {args.source}")

@@ -30,7 +30,7 @@ def from_huggingface(name: str, folder: pathlib.Path) -> Licence:
     source = resolve_model(name)
     if source.kind != "huggingface":
         raise ConfigError(f"{name} is a {source.kind} folder already; from-hf takes a Hugging Face folder")
-    with _appearing(folder) as building:
+    with appearing(folder) as building:
         write_checkpoint(source, building)
         model = building / "model"
         model.mkdir()
@@ -73,7 +73,7 @@ def to_huggingface_folder(
         raise ConfigError(f"{name} is a Hugging Face folder already; to-hf takes a run folder or a converted checkpoint")
     config, run = source.config(), _run_config(source)
     step, read = open_checkpoint(source, step)
-    with _appearing(folder) as building:
+    with appearing(folder) as building:
         save_params(read, config, building, dtype=dtype, max_shard_bytes=max_shard_bytes)
         _copy(source.files, building, TOKENIZER_FILES)
         for path in licence_files(source.files):
@@ -149,7 +149,7 @@ def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to build in, which takes the name `folder` if all goes well and is removed if not."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder; give another name, or remove it")
