@@ -57,7 +57,14 @@ class AnswerGrader:
         return grades
 
     def close(self) -> None:
+        """Ends the workers."""
         self._workers.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def _without_workers(self, completion: Completion) -> Grade | None:
         """The grade, or None where math-verify has to decide."""
@@ -68,6 +75,8 @@ class AnswerGrader:
             return Grade(0.0, detail="the think block never closes")
         if not response.answer.strip():
             return Grade(0.0, detail="no answer behind the think block")
+        if "\\boxed{" in response.answer and extract.last_boxed(response.answer) is None:
+            return Grade(0.0, detail="a box that never closes")  # it may hold the first digits of a number
         match kind_of(completion, self._config.kind):
             case "choice":
                 chosen = extract.choice(response.answer, choice_letters(completion))

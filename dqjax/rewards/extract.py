@@ -7,14 +7,14 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-_BOXED = re.compile(r"\\f?boxed(?![a-zA-Z])\s*")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
-_HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.M)
-# Bold and heading marks round the phrase are markdown's; the answer is what is left of its line.
-_PHRASE = re.compile(
-    r"(?:final\s+answer|answer|result)\s*(?:\*\*|__)?\s*(?:is|are|:|=)\s*(?:\*\*|__)?\s*:?\s*(?P<rest>[^\n]+)", re.I
-)
-_NUMBER = re.compile(r"[-+−]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\d)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
+LONGEST = 4000  # characters; a longer text is no final answer, and is not normalised
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.M)
+# Markdown's bold and headings may stand round the phrase.
+_PHRASE = re.compile(r"\b(?:answer\s*(?:\*\*|__)?\s*(?:is|are|:|=)|final\s+answer\s*(?:\*\*|__)\s*\n)\s*(?:\*\*|__)?\s*:?", re.I)
+_REASON = re.compile(r"(?:[,;]\s+|\s+)(?:because|since|as|which|where|so)\b|\.\s")
+_NUMBER = re.compile(r"[-+−]?\s?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?")
 _SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|qquad|displaystyle|limits)(?![a-zA-Z])|~")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 
@@ -25,41 +25,36 @@ def last_boxed(text: str) -> str | None:
     `\{` and `\}` are characters, not braces. A box that never closes (a truncated sample) is passed over. `\boxed 5`
     is TeX for a box round one token.
     """
+    ends = _closing_braces(text)
     for match in reversed(list(_BOXED.finditer(text))):
         start = match.end()
-        if start >= len(text):
-            continue
-        if text[start] != "{":
-            token = re.match(r"\\[a-zA-Z]+|[^\s\\$}]+", text[start:]) if match.group()[-1].isspace() else None
+        if start in ends:
+            return text[start + 1 : ends[start]].strip()
+        if text[start : start + 1] not in ("", "{") and match.group()[-1].isspace():
+            token = re.match(r"\\[a-zA-Z]+|[^\s\\$}]+", text[start:])
             if token:
                 return token.group().rstrip(".,")
-            continue
-        end = _closing_brace(text, start)
-        if end is not None:
-            return text[start + 1 : end].strip()
     return None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    depth, i = 0, start
-    while i < len(text):
-        char = text[i]
-        if char == "\\":
-            i += 1  # whatever is escaped is no brace
-        elif char == "{":
-            depth += 1
-        elif char == "}":
-            depth -= 1
-            if depth == 0:
-                return i
-        i += 1
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """The place of the closing brace for each opening one that has it; escaped braces are no braces."""
+    ends: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[{}]", text, re.S):
+        if match.group() == "{":
+            opened.append(match.start())
+        elif match.group() == "}" and opened:
+            ends[opened.pop()] = match.start()
+    return ends
 
 
 def last_tag(text: str) -> str | None:
     """The content of the last `<answer>...</answer>`; None without one."""
-    tags = _TAG.findall(text)
-    return tags[-1].strip() if tags else None
+    small = text.lower()
+    end = small.rfind("</answer>")
+    start = small.rfind("<answer>", 0, end) if end >= 0 else -1
+    return text[start + len("<answer>") : end].strip() if start >= 0 else None
 
 
 def final_answer(text: str) -> str | None:
@@ -70,9 +65,11 @@ def final_answer(text: str) -> str | None:
     if (tag := last_tag(text)) is not None:
         return tag
     if hashes := _HASHES.findall(text):
-        return hashes[-1]
-    if phrases := list(_PHRASE.finditer(text)):
-        return unwrap(phrases[-1]["rest"])
+        return hashes[-1].strip()
+    for match in reversed(list(_PHRASE.finditer(text))):
+        line = text[match.end() :].lstrip().partition("\n")[0]
+        if line:
+            return unwrap(_REASON.split(line, maxsplit=1)[0])
     return None
 
 
@@ -91,6 +88,8 @@ def unwrap(text: str) -> str:
 def normalise(text: str) -> str:
     r"""A form in which equal answers are often equal strings: no spacing commands, `\text{}` wrappers, `\dfrac`, degree
     signs, dollar or percent escapes, thousands separators or outer spaces; spaces only between word characters; case kept."""
+    if len(text) > LONGEST:
+        return text.strip()
     text = _SPACING.sub(" ", text.strip())
     while (plain := _TEXT.sub(r"\1", text)) != text:
         text = plain

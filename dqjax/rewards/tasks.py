@@ -64,6 +64,7 @@ class TaskGrader:
         return grades
 
     def close(self) -> None:
+        """Ends the workers."""
         self._workers.close()
 
 

@@ -30,11 +30,20 @@ class StyleScorer(Protocol):
 
 
 def stored_labels(completions: Sequence[Completion]) -> list[Labels]:
-    """The labels that the rows themselves carry, under OmniThought's names: a scorer for completions out of a file."""
-    return [
-        Labels(*(_label(c.problem.extra.get(name)) for name in ("Reasoning_Verbosity", "Cognitive_Difficulty")))
-        for c in completions
-    ]
+    """The labels that the rows themselves carry, under OmniThought's names: a scorer for completions out of a file.
+
+    `data.records` reads the column Cognitive_Difficulty as a record's difficulty; of a row with a stored RV it is taken
+    from there.
+    """
+    return [_stored(c) for c in completions]
+
+
+def _stored(completion: Completion) -> Labels:
+    extra = completion.problem.extra
+    if "Reasoning_Verbosity" not in extra and "Cognitive_Difficulty" not in extra:
+        return Labels(None, None)
+    difficulty = extra.get("Cognitive_Difficulty", completion.problem.difficulty)
+    return Labels(_label(extra.get("Reasoning_Verbosity")), _label(difficulty))
 
 
 def _label(value: object) -> float | None:

@@ -10,6 +10,7 @@ Neither fork nor multiprocessing is used: a trainer holds accelerator threads, w
 the trainer's main module in every worker.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -140,8 +141,9 @@ class _Worker:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
         self._process.stdout.close()
+        with contextlib.suppress(OSError):  # what it never read is of no use now
+            self._process.stdin.close()
 
     def _read_line(self, timeout: float) -> bytes:
         deadline, out = time.monotonic() + timeout, self._process.stdout.fileno()

@@ -14,6 +14,8 @@ A program runs in a process of its own with
 The same for root and for other users, without privileges: `confine` says by which means. A machine that lacks them gets
 `NotImplementedError`, never an unconfined run.
 
+A caller that is killed takes its programs with it; their temporary folders stay.
+
 Not guaranteed: a kernel without flaws; and with tests that run inside the program's process (form `assert`), that a program
 which looks for its own verdict cannot forge it. The forms `stdin` and `call` are compared outside, where it cannot.
 """
