@@ -223,7 +223,12 @@ def _plain(raw: RawRow, columns: ColumnsConfig, label: str) -> Record:
         messages = messages[:-1]
     if answer is None and "tests" not in record.extra:
         raise BadRow("no reference answer: expected a text or a number in a column answer, or tests for a program")
-    return dataclasses.replace(record, id=record.problem, messages=messages, answer=answer)
+    # A column that a dotted name was read out of (metadata.num_terms) stays: graders need it whole.
+    dotted = {name.partition(".")[0] for name in columns.model_dump(exclude_none=True).values() if "." in name}
+    kept = {name: raw.value[name] for name in dotted if isinstance(raw.value, Mapping) and name in raw.value}
+    return dataclasses.replace(
+        record, id=record.problem, messages=messages, answer=answer, extra={**kept, **record.extra}
+    )
 
 
 # The published forms.
@@ -259,11 +264,12 @@ def _gpqa(row: Mapping[str, Any], config: EvalConfig) -> Record:
 
 
 def _livecodebench(row: Mapping[str, Any], config: EvalConfig) -> Record | None:
-    date = _day(str(row["contest_date"])[:10], "contest_date")
-    if config.released is not None:
-        first, last = (_day(text, "released") for text in config.released)
-        if not first <= date <= last:
-            return None
+    try:
+        date = datetime.date.fromisoformat(row["contest_date"][:10])
+    except ValueError:
+        raise BadRow(f"contest_date: expected a day as YYYY-MM-DD, got {row['contest_date']!r}") from None
+    if config.released and not config.released[0] <= date.isoformat() <= config.released[1]:
+        return None
     cases = _tests(row["public_test_cases"], "public_test_cases") + _tests(row["private_test_cases"], "private_test_cases")
     kinds = {case["testtype"] for case in cases}
     if len(kinds) != 1 or not kinds <= {"stdin", "functional"}:
@@ -292,13 +298,6 @@ def _humaneval(row: Mapping[str, Any], config: EvalConfig) -> Record:
     )
     tests = {"form": "assert", "function": row["entry_point"], "code": row["test"], "head": row["prompt"]}
     return _problem(row["task_id"], question, None, "humaneval", extra={"tests": tests})
-
-
-def _day(text: str, name: str) -> datetime.date:
-    try:
-        return datetime.date.fromisoformat(text)
-    except ValueError:
-        raise BadRow(f"{name}: expected a day as YYYY-MM-DD, got {text!r}") from None
 
 
 def _json(text: str, name: str) -> Any:

@@ -1,5 +1,6 @@
 """The settings of an evaluation, as `configs/eval/*.yaml` hold them and options of the command change them."""
 
+import datetime
 import hashlib
 import json
 from typing import Literal
@@ -26,7 +27,8 @@ class EvalConfig(Section):
     max_new_tokens: the limit of a sample; what runs into it is truncated.
     seed: of the samples and of the order of choices.
     budgets: token budgets at which accuracy is reported; empty takes powers of two up to `max_new_tokens`.
-    released: the first and last contest day of the problems used (LiveCodeBench), as YYYY-MM-DD.
+    released: the first and last contest day of the problems used (LiveCodeBench), as YYYY-MM-DD; empty
+      takes all.
     level: coverage of the intervals.
     """
 
@@ -46,7 +48,7 @@ class EvalConfig(Section):
     max_new_tokens: int = pydantic.Field(4096, ge=1)
     seed: int = 0
     budgets: tuple[int, ...] = ()
-    released: tuple[str, str] | None = None
+    released: tuple[str, ...] = ()
     level: float = pydantic.Field(0.95, gt=0, lt=1)
     grading: CorrectConfig = CorrectConfig()
 
@@ -54,6 +56,13 @@ class EvalConfig(Section):
     def _k_within_samples(self):
         if bad := [k for k in self.k if not 1 <= k <= self.samples]:
             raise ValueError(f"k: pass@{bad[0]} needs between 1 and samples = {self.samples}; draw more samples")
+        if self.released and len(self.released) != 2:
+            raise ValueError(f"released: expected a first and a last day, got {list(self.released)}")
+        for day in self.released:
+            try:
+                datetime.date.fromisoformat(day)
+            except ValueError:
+                raise ValueError(f"released: expected days as YYYY-MM-DD, got {day!r}") from None
         if any(b < 1 for b in self.budgets):
             raise ValueError(f"budgets: expected positive numbers of tokens, got {self.budgets}")
         return self

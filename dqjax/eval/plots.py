@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dqjax.config import ConfigError
-from dqjax.eval.pass_at_k import mean_pass_at_k, pass_at_k_interval
+from dqjax.eval.pass_at_k import pass_at_k_interval
 from dqjax.eval.report import by_problem, counts
 from dqjax.eval.run import Graded
 
@@ -85,15 +85,11 @@ def draw_evaluation(
 
 
 def pass_at_k_curve(graded: Sequence[Graded], level: float) -> Curve:
-    """pass@k for powers of two up to the fewest samples of a problem; the band only where n ≥ 2k, see `pass_at_k_interval`."""
+    """pass@k for powers of two up to the fewest samples of a problem."""
     n, c = counts(by_problem(graded))
     ks = [2**i for i in range(int(n.min()).bit_length())]
     intervals = [pass_at_k_interval(n, c, k, level=level, resamples=500) for k in ks]
-    values = [mean_pass_at_k(n, c, k) for k in ks]
-    wide = [2 * k <= n.min() or k == 1 for k in ks]
-    low = [i.low if ok else np.nan for i, ok in zip(intervals, wide)]
-    high = [i.high if ok else np.nan for i, ok in zip(intervals, wide)]
-    return Curve(ks, values, low, high)
+    return Curve(ks, [i.value for i in intervals], [i.low for i in intervals], [i.high for i in intervals])
 
 
 def budget_curve(graded: Sequence[Graded], max_new_tokens: int) -> Curve:
