@@ -16,6 +16,8 @@ Kind = Literal["math", "exact", "number", "choice"]
 LETTERS = "ABCDEFGHIJ"
 SEARCHED = 4000  # characters at the end of an answer in which an unstated result is looked for
 
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|\n")  # "about 5 dollars": the answer has to be looked for
+_LETTER = re.compile(r"\(([A-Za-z])\)")
 _WORDS = re.compile(r"[^\W\d_]{4,}(?: [^\W\d_]+)*")  # "Evelyn", "even integers"; shorter ones may be products, as xyz
 
 
@@ -121,8 +123,8 @@ def choice_letters(completion: Completion) -> str:
 
 
 def same_text(a: str, b: str) -> bool:
-    """Equal after normalisation; words without regard to case."""
-    a, b = extract.normalise(a), extract.normalise(b)
+    """Equal after normalisation; words without regard to case, single letters without regard to brackets."""
+    a, b = (_LETTER.sub(r"\1", text) if len(text) == 3 else text for text in (extract.normalise(a), extract.normalise(b)))
     return a == b or (bool(_WORDS.fullmatch(b)) and a.casefold() == b.casefold())
 
 
@@ -138,8 +140,9 @@ def _statement(completion: Completion) -> str:
 
 
 def _request(completion: Completion) -> dict:
+    """What math-verify is asked: about an answer alone, or about a text in which it has to find one."""
     answer = completion.response.answer
     stated = extract.final_answer(answer)
-    alone = stated is not None or len(answer.split()) == 1
-    text = (extract.unwrap(answer) if stated is None else stated) if alone else answer[-SEARCHED:]
-    return {"reference": completion.problem.answer, "prediction": text, "stated": alone}
+    text = answer[-SEARCHED:] if stated is None else stated
+    alone = extract.marked_answer(answer) is not None or not _PROSE.search(text)
+    return {"reference": completion.problem.answer, "prediction": extract.unwrap(text) if alone else text, "stated": alone}

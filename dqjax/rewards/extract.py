@@ -57,15 +57,22 @@ def last_tag(text: str) -> str | None:
     return text[start + len("<answer>") : end].strip() if start >= 0 else None
 
 
-def final_answer(text: str) -> str | None:
-    """The stated final answer of a text: the last box, else the last `<answer>` tag, else the last `#### x`, else the last
-    "the answer is x". None where no answer is stated in any of these ways."""
+def marked_answer(text: str) -> str | None:
+    """The answer that is set apart from the text: the last box, else the last `<answer>` tag, else the last `#### x`; None
+    without any of these."""
     if (boxed := last_boxed(text)) is not None:
         return boxed
     if (tag := last_tag(text)) is not None:
         return tag
-    if hashes := _HASHES.findall(text):
-        return hashes[-1].strip()
+    hashes = _HASHES.findall(text)
+    return hashes[-1].strip() if hashes else None
+
+
+def final_answer(text: str) -> str | None:
+    """The stated final answer of a text: the one that is set apart, else what follows the last "the answer is", up to the
+    end of its sentence; None where no answer is stated."""
+    if (marked := marked_answer(text)) is not None:
+        return marked
     for match in reversed(list(_PHRASE.finditer(text))):
         line = text[match.end() :].lstrip().partition("\n")[0]
         if line:

@@ -44,6 +44,12 @@ EQUAL = [
     ("-13", "-13"),
     ("25", "Adding up gives the sum.\n\nHence we get $25$."),
     ("7", "<think>\nI first had \\boxed{3}.\n</think>\n\nIt is \\boxed{7}."),
+    ("5", "The answer is about 5 dollars."),
+    ("42", "**Final Answer**\n\n42"),
+    (r"\text{(C)}", r"\boxed{C}"),
+    ("no solution", r"\boxed{\text{No solution}}"),
+    ("2,3", r"\boxed{x=2, x=3}"),
+    ("8", "So 3 + 5 = 8. Therefore, the total is 8 apples."),
     ("072", r"\boxed{72}"),
 ]
 
