@@ -15,7 +15,9 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
+import tests.typecheck  # noqa: E402, F401 - the hook finds it by name
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes in signatures are checked in the tests only.
-install_import_hook(["dqjax.kernels", "dqjax.losses", "dqjax.steps", "dqjax.models", "dqjax.rollout"], "beartype.beartype")
+CHECKED = ["dqjax.kernels", "dqjax.losses", "dqjax.steps", "dqjax.models", "dqjax.rollout"]
+install_import_hook(CHECKED, "tests.typecheck.check")

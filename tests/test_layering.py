@@ -14,7 +14,8 @@ BASE = {"types", "config", "sharding"}
 ALLOWED = {
     "types": set(),
     "config": set(),
-    "sharding": set(),
+    "sharding": {"config"},
+    "commands": {"config"},
     "kernels": {"kernels"},
     "models": {"models", "kernels"} | BASE,
     "rollout": {"rollout", "models", "kernels"} | BASE,
