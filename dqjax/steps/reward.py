@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dqjax.config import Section
 from dqjax.losses.bradley_terry import bradley_terry_loss, expected_calibration_error, mean_by_group
@@ -29,6 +29,12 @@ class RewardConfig(Section):
     centering: float = Field(0.0, ge=0)
     margin: bool = False
     length_edges: tuple[int, ...] = (-256, -32, 32, 256)
+
+    @model_validator(mode="after")
+    def _edges_rise(self):
+        if any(a >= b for a, b in zip(self.length_edges, self.length_edges[1:])):
+            raise ValueError(f"length_edges: expected rising numbers of tokens, got {list(self.length_edges)}")
+        return self
 
 
 def make_reward_loss(

@@ -4,10 +4,10 @@ import collections
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dqjax.losses.reduce import Totals, totals_of
 from dqjax.steps.grpo import GRPOConfig, make_grpo_loss, make_token_logprobs, weigh_samples
 from tests.steps import tiny
 
@@ -161,3 +161,55 @@ def test_loss_and_gradient_equal_trl(name):
     if config.loss not in ("cispo", "sapo") and config.ratio == "token":
         np.testing.assert_allclose(ours["clip_low"], want_metrics["clip_ratio/low_mean"], rtol=1e-5)
         np.testing.assert_allclose(ours["clip_high"], want_metrics["clip_ratio/high_mean"], rtol=1e-5)
+
+
+def test_the_policy_that_sampled_needs_no_old_values():
+    """Without `old_logprobs` the ratio is 1: as if the policy's own values had been stored."""
+    params, config = tiny.Bigram().init(1), GRPOConfig(loss="grpo")
+    samples = [(*s[:3], s[3] * 0, *s[4:]) for s in make_samples()]
+    stored, none = (our_loss(pack_samples(samples, params, old=old), params, config) for old in (True, False))
+    tiny.assert_trees_close(stored[:2], none[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_sampler_gap_is_the_largest_difference_over_trained_tokens():
+    params, samples = tiny.Bigram().init(1), make_samples()
+    _, _, metrics = our_loss(pack_samples(samples, params), params, GRPOConfig())
+    want = max(np.abs(s[4][s[1] :]).max() for s in samples)
+    np.testing.assert_allclose(metrics["sampler_gap"].value, want, rtol=1e-4)
+
+
+def test_several_updates_of_a_rollout_share_its_token_count():
+    """TRL's dapo divides by the rollout's mean tokens an update, bnpo by the update's own."""
+    params, samples = tiny.Bigram().init(1), make_samples(count=8)
+    halves = [pack_samples(part, params) for part in (samples[:3], samples[3:])]
+    counts = [totals_of(half) for half in halves]
+    shared = Totals(sum(c.tokens for c in counts) / 2, sum(c.sequences for c in counts) / 2)
+    whole = weigh_samples(pack_samples(samples, params), "dapo", max_length=LONGEST)
+    parts = [weigh_samples(half, "dapo", max_length=LONGEST, totals=shared) for half in halves]
+    loss = make_grpo_loss(tiny.Bigram(), tiny.one_device(), temperature=TEMPERATURE)
+    grads = [tiny.value_and_grad(loss, params, batch)[0] for batch in (whole, *parts)]
+    tiny.assert_trees_close(jax.tree.map(lambda a, b: (a + b) / 2, *grads[1:]), grads[0])
+
+
+def test_token_logprobs_are_those_of_the_sampling_temperature():
+    params, samples = tiny.Bigram().init(1), make_samples()
+    batch = tiny.on_device(pack_samples(samples, params))
+    logprob, entropy = make_token_logprobs(tiny.Bigram(), tiny.one_device(), temperature=TEMPERATURE)(params, batch)
+    want = [tiny.torch_logprobs(tiny.torch_copy(params), s[0], TEMPERATURE) for s in samples]
+    for ours, k in ((logprob, 0), (entropy, 1)):
+        total = sum(float(w[k][s[1] - 1 :].detach().sum()) for w, s in zip(want, samples))
+        np.testing.assert_allclose(ours.sum(), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(ratio_limit=1.1), "expected more than 1 . clip_high"),
+        (dict(correction_low=4.0), "must lie under correction_high"),
+        (dict(correction="token_truncate", correction_high=None), "needs correction_low or correction_high"),
+        (dict(loss="ppo"), "loss"),
+    ],
+)
+def test_settings_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(**values)

@@ -3,13 +3,11 @@
 import collections
 import types
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dqjax.losses.pairs import weigh_pairs
-from dqjax.steps.preference import make_preference_loss, make_sequence_logprobs
+from dqjax.steps.preference import PreferenceConfig, make_preference_loss, make_sequence_logprobs
 from tests.steps import tiny
 
 
@@ -65,7 +63,7 @@ def trl_loss(pairs, params, reference, beta, kind):
     )
     trainer.args = types.SimpleNamespace(gradient_checkpointing_kwargs=None)
     trainer._metrics, trainer._total_train_tokens, trainer._tp_size = {"train": collections.defaultdict(list)}, 0, 1
-    trainer.aux_loss_enabled = trainer.precompute_ref_logps = trainer.use_weighting = False
+    trainer.aux_loss_enabled = trainer.use_weighting = False
     trainer.ld_alpha, trainer.f_divergence_type, trainer.beta = None, "reverse_kl", beta
     trainer.loss_types, trainer.loss_weights = [kind], [1.0]
     trainer.precompute_ref_logps = True
@@ -112,3 +110,41 @@ def test_cogpo_with_equal_betas_is_dpo():
     cogpo = make_preference_loss(model, tiny.one_device())
     a, b = (tiny.value_and_grad(loss, params, batch) for loss in (dpo, cogpo))
     tiny.assert_trees_close(a[:2], b[:2], rtol=1e-6)
+
+
+def test_betas_of_pairs_scale_their_own_gradients():
+    """One pair a batch: CogPO is DPO with that pair's β; the mean over pairs is the mean of theirs."""
+    model = tiny.Bigram()
+    params, other, pairs = model.init(1, 0.5), model.init(2, 0.5), make_pairs(3)
+    cogpo = make_preference_loss(model, tiny.one_device())
+    _, whole, _ = tiny.value_and_grad(cogpo, params, pack_pairs(pairs, other))
+    alone = [trl_loss([pair], params, other, pair[2], "sigmoid")[0] for pair in pairs]
+    np.testing.assert_allclose(whole, np.mean(alone), rtol=1e-5)
+
+
+def test_cached_reference_values():
+    """What `make_sequence_logprobs` gives is what the frozen reference would have said: at the start all is at ln 2."""
+    model = tiny.Bigram()
+    params, pairs = model.init(1, 0.5), make_pairs()
+    batch = pack_pairs(pairs, params)
+    cached = make_sequence_logprobs(model, tiny.one_device())(params, tiny.on_device(batch))
+    present = batch.side["pair_id"] >= 0
+    np.testing.assert_allclose(np.asarray(cached)[present], batch.side["reference_logprob"][present], rtol=1e-5)
+    _, value, metrics = tiny.value_and_grad(make_preference_loss(model, tiny.one_device(), beta=0.5), params, batch)
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-4)
+
+
+def test_accuracy_by_gap():
+    model = tiny.Bigram()
+    loss = make_preference_loss(model, tiny.one_device(), groups={"gap": 3})
+    batch = pack_pairs(make_pairs(), model.init(2))
+    _, _, metrics = tiny.value_and_grad(loss, model.init(1), batch)
+    by_gap = metrics["accuracy_by_gap"]
+    np.testing.assert_array_equal(by_gap.count, [2, 2, 1])
+    assert by_gap.total.sum() == metrics["accuracy"].total
+
+
+def test_config():
+    assert (PreferenceConfig().loss, PreferenceConfig().beta) == ("cogpo", 0.1)
+    with pytest.raises(ValueError, match="beta"):
+        PreferenceConfig(beta=0)

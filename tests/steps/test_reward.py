@@ -3,13 +3,11 @@
 import collections
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dqjax.losses.pairs import weigh_pairs
-from dqjax.models.heads import Classifier
 from dqjax.steps.reward import RewardConfig, length_names, make_reward_loss, summarise
 from tests.steps import tiny
 
@@ -64,3 +62,36 @@ def test_loss_and_gradient_equal_trl(centering, margin):
     for ours, theirs in (("accuracy", "accuracy"), ("margin", "margin"), ("score", "mean_reward")):
         got = float(metrics[ours].total / metrics[ours].count)
         np.testing.assert_allclose(got, want_metrics[theirs], rtol=1e-5, atol=1e-6)
+
+
+def test_accuracy_by_length_and_source():
+    """A model that scores by length alone is right where the longer answer was chosen, and nowhere else."""
+    model = tiny.Bigram(rows=1)
+    params = model.init(0)
+    # One hidden unit that grows with the position, read by the head: the score is the length.
+    steps = jnp.linspace(-1, 1, tiny.LONGEST)
+    params = {
+        "embed": jnp.zeros_like(params["embed"]),
+        "place": jnp.zeros_like(params["place"]).at[:, 0].set(steps),
+        "table": jnp.zeros_like(params["table"]).at[0, 0].set(1.0),
+    }
+    ids = np.arange(20)
+    pairs = [(ids[:n], ids[:m], 0.0) for n, m in [(12, 4), (4, 12), (5, 4), (4, 5), (20, 2)]]
+    loss = make_reward_loss(model, length_edges=(-4, 0, 4), groups={"source": 2})
+    _, _, metrics = tiny.value_and_grad(loss, params, pack_pairs(pairs))
+    by_length, by_source = metrics["accuracy_by_length"], metrics["accuracy_by_source"]
+    np.testing.assert_array_equal(by_length.count, [1, 1, 1, 2])
+    np.testing.assert_array_equal(by_length.total, [0, 0, 1, 2])
+    np.testing.assert_array_equal(by_source.count, [3, 2])
+    np.testing.assert_array_equal(by_source.total, [3, 0])
+    assert length_names((-4, 0, 4)) == ("(-inf,-4)", "[-4,0)", "[0,4)", "[4,inf)")
+    assert 0 < summarise(metrics)["calibration_error"] < 1 and summarise({}) == {}
+
+
+def test_config():
+    config = RewardConfig()
+    assert (config.kind, config.centering, config.margin) == ("reward", 0.0, False)
+    with pytest.raises(ValueError, match="centering"):
+        RewardConfig(centering=-1)
+    with pytest.raises(ValueError, match="length_edges: expected rising numbers"):
+        RewardConfig(length_edges=(5, 5))
