@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         overlap = str(find_overlap(bare, training_records(arguments.training_data)))
     settings = settings_of(arguments, config)
     out = claim_folder(arguments.out or default_folder(arguments, config), settings)
-    sampler = endpoint_sampler(arguments, config) if arguments.endpoint else engine_sampler(arguments, config)
     with Correctness(config.grading) as grader:
+        grader.prepare(problems)
+        sampler = endpoint_sampler(arguments, config) if arguments.endpoint else engine_sampler(arguments, config)
         graded = evaluate(
             sampler,
             problems,

@@ -19,7 +19,7 @@ from typing import Any
 import pydantic
 
 from dqjax.config import Section
-from dqjax.rewards.sandbox import LimitsConfig, call_function, run_asserts, run_script
+from dqjax.rewards.sandbox import LimitsConfig, call_function, ensure_confinement, run_asserts, run_script
 from dqjax.rewards.types import Completion, Grade, could_not
 
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n[ \t]*)?```", re.S)
@@ -45,11 +45,12 @@ class CodeGrader:
     The program is the last fenced block of the answer behind the think block, Python ones first. Being too slow or too
     large is a wrong answer; only what is wrong with the tests is a failure to grade.
 
-    Raises (when called):
+    Raises:
       NotImplementedError: programs cannot be confined on this machine.
     """
 
     def __init__(self, config: CodeConfig = CodeConfig()):
+        ensure_confinement()
         self._config = config
 
     def __call__(self, completions: Sequence[Completion]) -> list[Grade]:

@@ -10,6 +10,7 @@ from fractions import Fraction
 LONGEST = 4000  # characters; a longer text is no final answer, and is not normalised
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_TAGS = re.compile(r"<(/?)answer>", re.I)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.M)
 # Markdown's bold and headings may stand round the phrase.
 _PHRASE = re.compile(r"\b(?:answer\s*(?:\*\*|__)?\s*(?:is|are|:|=)|final\s+answer\s*(?:\*\*|__)\s*\n)\s*(?:\*\*|__)?\s*:?", re.I)
@@ -51,10 +52,11 @@ def _closing_braces(text: str) -> dict[int, int]:
 
 def last_tag(text: str) -> str | None:
     """The content of the last `<answer>...</answer>`; None without one."""
-    small = text.lower()
-    end = small.rfind("</answer>")
-    start = small.rfind("<answer>", 0, end) if end >= 0 else -1
-    return text[start + len("<answer>") : end].strip() if start >= 0 else None
+    tags = list(_TAGS.finditer(text))
+    for opening, closing in reversed(list(zip(tags, tags[1:]))):
+        if (opening[1], closing[1]) == ("", "/"):
+            return text[opening.end() : closing.start()].strip()
+    return None
 
 
 def marked_answer(text: str) -> str | None:

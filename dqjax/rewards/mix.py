@@ -13,7 +13,7 @@ import numpy as np
 import pydantic
 from jaxtyping import Bool, Float
 
-from dqjax.config import Section
+from dqjax.config import ConfigError, Section
 from dqjax.rewards.correct import RIGHT, CorrectConfig, Correctness
 from dqjax.rewards.format import FormatGrader
 from dqjax.rewards.length import LengthGrader, OverlongConfig, OverlongGrader
@@ -134,8 +134,8 @@ class Rewards:
 class Mix:
     """Grades completions by every term of a config.
 
-    A grader that raises, marks all its samples as failed, is logged, and stops nothing: only `NotImplementedError`, which
-    says that this machine can never grade so, goes through.
+    A grader that raises marks all its samples as failed, is logged, and stops nothing. Only what would fail every time goes
+    through: `ConfigError` (bad input, a missing package) and `NotImplementedError` (this machine cannot).
 
     Raises:
       ValueError: a term whose model is not among the sources.
@@ -176,7 +176,7 @@ class Mix:
             grades = self._graders[name](completions)
             if len(grades) != len(completions):
                 raise ValueError(f"{len(grades)} grades for {len(completions)} completions")
-        except NotImplementedError:
+        except (ConfigError, NotImplementedError):
             raise
         except Exception as e:
             log.warning("reward %s could not grade %d samples: %s", name, len(completions), e, exc_info=True)

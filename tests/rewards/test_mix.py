@@ -85,12 +85,15 @@ def test_a_sample_whose_correctness_fails_earns_no_style(complete, monkeypatch):
     assert rewards.sums()["reward/correct"] == (1.0, 1.0)
 
 
-def test_what_this_machine_can_never_do_is_raised(complete):
+@pytest.mark.parametrize("error", [NotImplementedError, ConfigError])
+def test_what_would_fail_every_time_is_raised(complete, error):
     def score(completions):
-        raise NotImplementedError("no sandbox")
+        raise error("no sandbox")
 
-    with Mix(config(model={"weight": 1.0}), Sources(score=score)) as mix, pytest.raises(NotImplementedError):
+    with Mix(config(model={"weight": 1.0}), Sources(score=score)) as mix, pytest.raises(error):
         mix([complete(GOOD, "5")])
+    with Mix(config()) as mix, pytest.raises(ConfigError, match="unknown grader 'oracle'"):
+        mix([complete(GOOD, "5", grader="oracle")])
 
 
 def test_an_empty_batch(complete):

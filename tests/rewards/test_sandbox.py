@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from dqjax.rewards.code import CodeGrader
 from dqjax.rewards.sandbox import LimitsConfig, call_function, confine, run_asserts, run_script
 
 TIGHT = LimitsConfig(wall=2.0, cpu=1.0, memory=512 << 20)
@@ -281,6 +282,8 @@ def test_a_machine_that_cannot_confine_runs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr("dqjax.rewards.sandbox._CHILD", child)
     with pytest.raises(NotImplementedError, match="no Landlock"):
         run_script("open('ran', 'w')", "", TIGHT)
+    with pytest.raises(NotImplementedError, match="no Landlock"):
+        CodeGrader()
 
 
 def test_a_killed_caller_takes_its_program_with_it(tmp_path):

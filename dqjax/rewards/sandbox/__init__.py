@@ -107,6 +107,11 @@ def run_asserts(program: str, code: str, function: str | None = None, limits: Li
     return outcome.ended or "the program ended before its tests"
 
 
+def ensure_confinement() -> None:
+    """Runs an empty program; raises `NotImplementedError` where programs cannot be confined."""
+    run_script("", "")
+
+
 def _run(job: dict[str, Any], stdin: str, limits: LimitsConfig, calls: int = 1) -> Outcome:
     kept = limits.model_dump(include={"memory", "file_size", "open_files"})
     job |= {
