@@ -59,14 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--checkpoint", metavar="DIR", help="a run folder, a converted checkpoint or a Hugging Face folder")
-    where.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server; its key is read from OPENAI_API_KEY")
+    where.add_argument(
+        "--checkpoint", metavar="DIR", help="a run folder, a converted checkpoint or a Hugging Face folder"
+    )
+    where.add_argument(
+        "--endpoint", metavar="URL", help="an OpenAI-compatible server; its key is read from OPENAI_API_KEY"
+    )
     parser.add_argument("--model", metavar="NAME", help="the model's name at the endpoint")
     parser.add_argument("--tokenizer", metavar="DIR", help="counts thinking tokens where the endpoint does not")
     parser.add_argument("--parallel", type=int, default=16, metavar="N", help="requests in flight; default %(default)s")
     parser.add_argument("--out", metavar="DIR", help="default runs/eval/MODEL/BENCHMARK")
-    parser.add_argument("--against", metavar="DIR", help="the --out of another evaluation, to be compared problem by problem")
-    parser.add_argument("--training-data", metavar="FILE", nargs="+", default=[], help="report which test problems occur in it")
+    parser.add_argument(
+        "--against", metavar="DIR", help="the --out of another evaluation, to be compared problem by problem"
+    )
+    parser.add_argument(
+        "--training-data", metavar="FILE", nargs="+", default=[], help="report which test problems occur in it"
+    )
     parser.add_argument("--plots", action="store_true", help="write PNGs (needs the extra dqjax[plots])")
     parser.add_argument("--config", metavar="FILE", help="settings as YAML; options given here win over it")
     for name, (kind, text) in OPTIONS.items():
@@ -237,7 +245,12 @@ def report_of(
         for mode, mine in by_mode.items():
             if other := [g for g in theirs if g.thinking == mode]:
                 comparisons[f"{MODES[mode]}, minus {against}"] = compare(mine, other, level=config.level)
-    about = {"benchmark": config.benchmark, "fingerprint": fingerprint(settings), "settings": settings, "overlap": overlap}
+    about = {
+        "benchmark": config.benchmark,
+        "fingerprint": fingerprint(settings),
+        "settings": settings,
+        "overlap": overlap,
+    }
     return write_report(out, graded, about=about, summaries=summaries, comparisons=comparisons)
 
 

@@ -148,7 +148,9 @@ class _Problems:
 
 def _read_published(config: EvalConfig) -> list[Record]:
     if config.file is None:
-        raise ConfigError(f"benchmark {config.benchmark}: give its file with --file (the README says where it comes from)")
+        raise ConfigError(
+            f"benchmark {config.benchmark}: give its file with --file (the README says where it comes from)"
+        )
     benchmark, problems = BENCHMARKS[config.benchmark], _Problems()
     for file in source_files(config.file) if not config.file.endswith(".csv") else [pathlib.Path(config.file)]:
         for raw in _csv_rows(file) if file.suffix == ".csv" else read_rows(SourceConfig(path=str(file))):
@@ -169,7 +171,9 @@ def _published(raw: RawRow, benchmark: Benchmark, config: EvalConfig) -> Record 
     for name, types in benchmark.columns.items():
         if row.get(name) is None:
             near = difflib.get_close_matches(name, row, 1, 0.6)
-            raise BadRow(f"no column {name!r}" + (f"; is it {near[0]!r}?" if near else f" among {', '.join(sorted(row))}"))
+            raise BadRow(
+                f"no column {name!r}" + (f"; is it {near[0]!r}?" if near else f" among {', '.join(sorted(row))}")
+            )
         if not isinstance(row[name], types) or isinstance(row[name], bool):
             expected = " or ".join(t.__name__ for t in types)
             raise BadRow(f"{name}: expected {expected}, got {type(row[name]).__name__} {str(row[name])[:40]!r}")
@@ -203,7 +207,9 @@ def _read_plain(config: EvalConfig) -> list[Record]:
 
 def _read_tasks(config: EvalConfig) -> list[Record]:
     if not config.tasks:
-        raise ConfigError("benchmark tasks: name its sources under tasks: (- {task: chain_sum, seed: 1000000, size: 200})")
+        raise ConfigError(
+            "benchmark tasks: name its sources under tasks: (- {task: chain_sum, seed: 1000000, size: 200})"
+        )
     return [record for source in config.tasks for record in _read_source(source, source.columns)]
 
 
@@ -249,7 +255,12 @@ def _math(row: Mapping[str, Any], config: EvalConfig) -> Record:
     if not 1 <= row["level"] <= 5:
         raise BadRow(f"level: expected 1 to 5, got {row['level']}")
     return _problem(
-        row["unique_id"], row["problem"], row["answer"], "math500", difficulty=float(row["level"]), extra={"subject": row["subject"]}
+        row["unique_id"],
+        row["problem"],
+        row["answer"],
+        "math500",
+        difficulty=float(row["level"]),
+        extra={"subject": row["subject"]},
     )
 
 
@@ -260,7 +271,9 @@ def _gpqa(row: Mapping[str, Any], config: EvalConfig) -> Record:
     random.Random(f"{config.seed}/{row['Record ID']}").shuffle(choices)
     listed = "\n".join(f"{letter}) {text}" for letter, text in zip("ABCD", choices))
     question = f"{GPQA_HEAD}\n\n{row['Question'].strip()}\n\n{listed}"
-    return _problem(row["Record ID"], question, "ABCD"[choices.index(right)], "gpqa_diamond", extra={"choices": choices})
+    return _problem(
+        row["Record ID"], question, "ABCD"[choices.index(right)], "gpqa_diamond", extra={"choices": choices}
+    )
 
 
 def _livecodebench(row: Mapping[str, Any], config: EvalConfig) -> Record | None:
@@ -270,7 +283,9 @@ def _livecodebench(row: Mapping[str, Any], config: EvalConfig) -> Record | None:
         raise BadRow(f"contest_date: expected a day as YYYY-MM-DD, got {row['contest_date']!r}") from None
     if config.released and not config.released[0] <= date.isoformat() <= config.released[1]:
         return None
-    cases = _tests(row["public_test_cases"], "public_test_cases") + _tests(row["private_test_cases"], "private_test_cases")
+    cases = _tests(row["public_test_cases"], "public_test_cases") + _tests(
+        row["private_test_cases"], "private_test_cases"
+    )
     kinds = {case["testtype"] for case in cases}
     if len(kinds) != 1 or not kinds <= {"stdin", "functional"}:
         raise BadRow(f"testtype: expected all stdin or all functional, got {sorted(map(str, kinds)) or 'no tests'}")
@@ -332,7 +347,9 @@ def _tests(text: str, name: str) -> list[Mapping[str, str]]:
     if not isinstance(cases, Sequence) or isinstance(cases, str):
         raise BadRow(f"{name}: expected a list of tests, got {type(cases).__name__}")
     for i, case in enumerate(cases):
-        if not isinstance(case, Mapping) or not all(isinstance(case.get(k), str) for k in ("input", "output", "testtype")):
+        if not isinstance(case, Mapping) or not all(
+            isinstance(case.get(k), str) for k in ("input", "output", "testtype")
+        ):
             raise BadRow(f"{name}[{i}]: expected input, output and testtype as texts")
     return list(cases)
 
@@ -353,7 +370,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "gpqa_diamond": Benchmark(
         _gpqa,
-        {"Record ID": TEXT, "Question": TEXT, "Correct Answer": TEXT} | {f"Incorrect Answer {i}": TEXT for i in (1, 2, 3)},
+        {"Record ID": TEXT, "Question": TEXT, "Correct Answer": TEXT}
+        | {f"Incorrect Answer {i}": TEXT for i in (1, 2, 3)},
     ),
     "livecodebench": Benchmark(
         _livecodebench,

@@ -68,7 +68,10 @@ def find_overlap(problems: Sequence[Record], training: Iterable[Record]) -> Over
                 similar.update(grams.get(gram, ()))
     order = [problem.id for problem in problems]
     return Overlap(
-        len(problems), rows, tuple(i for i in order if i in equal), tuple(i for i in order if i in similar and i not in equal)
+        len(problems),
+        rows,
+        tuple(i for i in order if i in equal),
+        tuple(i for i in order if i in similar and i not in equal),
     )
 
 

@@ -67,7 +67,9 @@ def pass_at_k_interval(
     value = mean_pass_at_k(n, c, k)
     rng = np.random.default_rng(seed)
     table, row = _tables(n, k)
-    means = np.array([_resample(rng, rng.integers(0, len(n), len(n)), n, c, table, row).mean() for _ in range(resamples)])
+    means = np.array(
+        [_resample(rng, rng.integers(0, len(n), len(n)), n, c, table, row).mean() for _ in range(resamples)]
+    )
     low, high = _percentiles(means - means.mean() + value, level)
     return Interval(value, max(0.0, low), min(1.0, high))
 

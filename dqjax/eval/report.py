@@ -113,7 +113,9 @@ def write_report(
     """
     out = pathlib.Path(out)
     report = {**about, "modes": dict(summaries), "comparisons": dict(comparisons or {})}
-    (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(
+        json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
     (out / "report.md").write_text(as_text(report), encoding="utf-8")
     with (out / "problems.jsonl").open("w", encoding="utf-8") as stream:
         for thinking in MODES:
@@ -139,7 +141,11 @@ def as_text(report: Mapping[str, Any]) -> str:
     lines += [f"| {label} | " + " | ".join(texts) + " |" for label, texts in rows.items()]
     for mode, summary in modes.items():
         if bins := summary.get("by_difficulty"):
-            lines += ["", f"By difficulty, {mode} (Spearman ρ of difficulty and tokens: {_number(bins['spearman'])}):", ""]
+            lines += [
+                "",
+                f"By difficulty, {mode} (Spearman ρ of difficulty and tokens: {_number(bins['spearman'])}):",
+                "",
+            ]
             lines += ["| difficulty | problems | accuracy | thinking tokens | tokens |", "|---|---|---|---|---|"]
             lines += [
                 f"| {_range(b)} | {b['problems']} | {b['accuracy']:.1%} | {b['thinking_tokens']:.0f} | {b['tokens']:.0f} |"
@@ -147,7 +153,10 @@ def as_text(report: Mapping[str, Any]) -> str:
             ]
     for name, difference in report.get("comparisons", {}).items():
         key = next(key for key in difference if key.startswith("pass_at_"))
-        lines += ["", f"{name}: {key.replace('pass_at_', 'pass@')} {_signed(difference[key])}, tokens {difference['tokens']:+.0f}"]
+        lines += [
+            "",
+            f"{name}: {key.replace('pass_at_', 'pass@')} {_signed(difference[key])}, tokens {difference['tokens']:+.0f}",
+        ]
     if overlap := report.get("overlap"):
         lines += ["", f"Overlap with the training data: {overlap}"]
     if settings:
@@ -163,7 +172,9 @@ def _rows(summary: Mapping[str, Any]) -> dict[str, str]:
         rows["majority vote"] = _percent(summary["majority"])
     for name in ("thinking_tokens", "tokens"):
         spread = summary[name]
-        rows[f"{name.replace('_', ' ')}: mean / median / p95"] = " / ".join(f"{spread[s]:.0f}" for s in ("mean", "median", "p95"))
+        rows[f"{name.replace('_', ' ')}: mean / median / p95"] = " / ".join(
+            f"{spread[s]:.0f}" for s in ("mean", "median", "p95")
+        )
     rows["truncated"] = f"{summary['truncated']:.1%}"
     rows |= {f"accuracy within {b['tokens']} tokens": f"{b['accuracy']:.1%}" for b in summary["at_budget"]}
     rows["area under accuracy against budget"] = f"{summary['budget_area']:.3f}"

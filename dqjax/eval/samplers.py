@@ -160,7 +160,10 @@ class EndpointSampler:
             more["chat_template_kwargs"] = {"enable_thinking": request.thinking}
         try:
             reply = self._client.chat.completions.create(
-                messages=[_plain(m) for m in request.problem.messages], seed=request.seed, extra_body=more, **self._fields
+                messages=[_plain(m) for m in request.problem.messages],
+                seed=request.seed,
+                extra_body=more,
+                **self._fields,
             )
         except self._openai.APIConnectionError as e:
             raise ConfigError(f"no answer from {self._url}: {e.__cause__ or e}") from None
@@ -182,7 +185,9 @@ class EndpointSampler:
         else:
             text = content
             # Templates that open the block in the prompt leave only the closing tag to the sample.
-            response = parse_response(text, opened="</think>" in text and "<think>" not in text.partition("</think>")[0])
+            response = parse_response(
+                text, opened="</think>" in text and "<think>" not in text.partition("</think>")[0]
+            )
         usage = reply.usage
         tokens = usage.completion_tokens if usage else self._tokens_of(text)
         return Sampled(text, response, tokens, self._thinking_tokens(response, text, tokens, usage), truncated)

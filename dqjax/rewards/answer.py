@@ -92,7 +92,9 @@ class AnswerGrader:
                 reference = extract.number(problem.answer)
                 if reference is None:
                     return could_not(f"the reference answer {problem.answer!r} is no number")
-                return Grade(float(value is not None and self._near(value, reference)), None if value is None else str(value))
+                return Grade(
+                    float(value is not None and self._near(value, reference)), None if value is None else str(value)
+                )
             case "exact":
                 stated = _statement(completion)
                 return Grade(float(same_text(stated, problem.answer)), stated)
@@ -124,7 +126,9 @@ def choice_letters(completion: Completion) -> str:
 
 def same_text(a: str, b: str) -> bool:
     """Equal after normalisation; words without regard to case, single letters without regard to brackets."""
-    a, b = (_LETTER.sub(r"\1", text) if len(text) == 3 else text for text in (extract.normalise(a), extract.normalise(b)))
+    a, b = (
+        _LETTER.sub(r"\1", text) if len(text) == 3 else text for text in (extract.normalise(a), extract.normalise(b))
+    )
     return a == b or (bool(_WORDS.fullmatch(b)) and a.casefold() == b.casefold())
 
 
@@ -145,4 +149,8 @@ def _request(completion: Completion) -> dict:
     stated = extract.final_answer(answer)
     text = answer[-SEARCHED:] if stated is None else stated
     alone = extract.marked_answer(answer) is not None or not _PROSE.search(text)
-    return {"reference": completion.problem.answer, "prediction": extract.unwrap(text) if alone else text, "stated": alone}
+    return {
+        "reference": completion.problem.answer,
+        "prediction": extract.unwrap(text) if alone else text,
+        "stated": alone,
+    }

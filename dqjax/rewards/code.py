@@ -120,7 +120,11 @@ def _call(program: str, tests: Mapping[str, Any], config: CodeConfig) -> tuple[i
     results = [verdict["result"] for verdict in outcome.verdicts if "result" in verdict][: len(cases)]
     right = [a == b for a, b in zip(results, expected)]
     wrong = right.index(False) if False in right else len(right)
-    detail = "" if wrong == len(cases) else f"test {wrong}: {'wrong result' if wrong < len(right) else outcome.ended or 'no result'}"
+    detail = (
+        ""
+        if wrong == len(cases)
+        else f"test {wrong}: {'wrong result' if wrong < len(right) else outcome.ended or 'no result'}"
+    )
     return sum(right), _some(cases), detail
 
 

@@ -13,7 +13,9 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _TAGS = re.compile(r"<(/?)answer>", re.I)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.M)
 # Markdown's bold and headings may stand round the phrase.
-_PHRASE = re.compile(r"\b(?:answer\s*(?:\*\*|__)?\s*(?:is|are|:|=)|final\s+answer\s*(?:\*\*|__)\s*\n)\s*(?:\*\*|__)?\s*:?", re.I)
+_PHRASE = re.compile(
+    r"\b(?:answer\s*(?:\*\*|__)?\s*(?:is|are|:|=)|final\s+answer\s*(?:\*\*|__)\s*\n)\s*(?:\*\*|__)?\s*:?", re.I
+)
 _REASON = re.compile(r"(?:[,;]\s+|\s+)(?:because|since|as|which|where|so)\b|\.\s")
 _NUMBER = re.compile(r"[-+−]?\s?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?")
 _SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|qquad|displaystyle|limits)(?![a-zA-Z])|~")
@@ -104,7 +106,11 @@ def normalise(text: str) -> str:
         text = plain
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("−", "-").replace("\\%", "%")
     text = re.sub(r"\^\{?\\circ\}?|°|\\degree", "", text.replace("\\$", "").replace("$", ""))
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text.strip()) else text
+    text = (
+        re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+        if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text.strip())
+        else text
+    )
     text = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text.strip())
     text = re.sub(r"\s+", " ", text)
     return text[:-1] if text.endswith(".") else text

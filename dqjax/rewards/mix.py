@@ -68,7 +68,9 @@ class MixConfig(Section):
         if (self.overlong is None) != (self.overlong_punishment is None):
             raise ValueError("overlong needs overlong_punishment: {limit, buffer}, and the other way round")
         if self.correct is None and (needy := [name for name, term in self.terms.items() if term.correct_only]):
-            raise ValueError(f"{needy[0]}: counts for correct samples only, but correct is not graded; give it a weight of 0")
+            raise ValueError(
+                f"{needy[0]}: counts for correct samples only, but correct is not graded; give it a weight of 0"
+            )
         return self
 
     @property
@@ -90,9 +92,15 @@ TERMS: dict[str, Callable[[MixConfig, Sources], Grader]] = {
     "format": lambda config, sources: FormatGrader(),
     "overlong": lambda config, sources: OverlongGrader(config.overlong_punishment),
     "length": lambda config, sources: LengthGrader(),
-    "verbosity": lambda config, sources: VerbosityGrader(config.style, _needed(sources.style, "verbosity", "an RV/CD scorer")),
-    "difficulty": lambda config, sources: DifficultyGrader(config.style, _needed(sources.style, "difficulty", "an RV/CD scorer")),
-    "model": lambda config, sources: ModelGrader(config.reward_model, _needed(sources.score, "model", "a reward model")),
+    "verbosity": lambda config, sources: VerbosityGrader(
+        config.style, _needed(sources.style, "verbosity", "an RV/CD scorer")
+    ),
+    "difficulty": lambda config, sources: DifficultyGrader(
+        config.style, _needed(sources.style, "difficulty", "an RV/CD scorer")
+    ),
+    "model": lambda config, sources: ModelGrader(
+        config.reward_model, _needed(sources.score, "model", "a reward model")
+    ),
 }
 
 
@@ -151,7 +159,10 @@ class Mix:
         n = len(completions)
         grades = {name: self._grade(name, completions) for name in self._terms}
         failed = {name: np.array([g.failed is not None for g in mine], bool) for name, mine in grades.items()}
-        scores = {name: np.array([0.0 if g.failed is not None else g.score for g in mine], np.float64) for name, mine in grades.items()}
+        scores = {
+            name: np.array([0.0 if g.failed is not None else g.score for g in mine], np.float64)
+            for name, mine in grades.items()
+        }
         correct = scores["correct"] >= RIGHT if "correct" in scores else np.zeros(n, bool)
         counted = {name: ~failed[name] & (correct | (not term.correct_only)) for name, term in self._terms.items()}
         total = np.zeros(n)

@@ -21,7 +21,10 @@ def problems():
     """problems(n): n problems `p0`, `p1`, ... whose answer is their number."""
 
     def make(n):
-        return [parse_row({"id": f"p{i}", "question": f"What is {i}?", "answer": str(i), "difficulty": i % 3})[0] for i in range(n)]
+        return [
+            parse_row({"id": f"p{i}", "question": f"What is {i}?", "answer": str(i), "difficulty": i % 3})[0]
+            for i in range(n)
+        ]
 
     return make
 
@@ -39,7 +42,9 @@ class Scripted:
             if request.thinking:
                 text = f"<think>\nhm\n</think>\n\n{text}"
             response = parse_response(text)
-            yield Sampled(text, response, tokens=10 + request.index, thinking_tokens=5 * request.thinking, truncated=False)
+            yield Sampled(
+                text, response, tokens=10 + request.index, thinking_tokens=5 * request.thinking, truncated=False
+            )
 
 
 @pytest.fixture

@@ -54,7 +54,10 @@ def test_gpqa_choices_are_shuffled_by_seed_each_question_by_itself(examples):
 
 def test_livecodebench_in_both_forms_with_packed_tests(examples):
     stdin, call = read_problems(config("livecodebench", examples / "livecodebench.jsonl"))
-    assert stdin.extra["tests"] == {"form": "stdin", "cases": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 5\n", "output": "10\n"}]}
+    assert stdin.extra["tests"] == {
+        "form": "stdin",
+        "cases": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 5\n", "output": "10\n"}],
+    }
     assert call.extra["tests"]["function"] == "double" and len(call.extra["tests"]["cases"]) == 2
     assert (stdin.difficulty, call.difficulty) == (1.0, 3.0)
     assert "# YOUR CODE HERE" in stdin.question and "class Solution:" in call.question
@@ -63,7 +66,10 @@ def test_livecodebench_in_both_forms_with_packed_tests(examples):
 
 def test_livecodebench_dates(examples):
     def ids(first, last):
-        return [p.id for p in read_problems(config("livecodebench", examples / "livecodebench.jsonl", released=[first, last]))]
+        return [
+            p.id
+            for p in read_problems(config("livecodebench", examples / "livecodebench.jsonl", released=[first, last]))
+        ]
 
     assert ids("2023-05-01", "2024-05-31") == ["example_a", "example_b"]
     assert ids("2023-06-03", "2023-06-03") == ["example_a"]
@@ -109,7 +115,10 @@ def test_plain_files_of_any_training_form(tmp_path):
 
 def test_reasoning_gym_suites(tmp_path):
     pytest.importorskip("reasoning_gym")
-    tasks = [{"task": "chain_sum", "seed": 5, "size": 3, "columns": {"difficulty": "metadata.num_terms"}}, {"task": "gcd", "seed": 5, "size": 2}]
+    tasks = [
+        {"task": "chain_sum", "seed": 5, "size": 3, "columns": {"difficulty": "metadata.num_terms"}},
+        {"task": "gcd", "seed": 5, "size": 2},
+    ]
     problems = read_problems(config("tasks", tasks=tasks))
     assert [p.source for p in problems] == ["chain_sum"] * 3 + ["gcd"] * 2
     assert all(grader_of(p) == "tasks" for p in problems) and problems[0].difficulty is not None
@@ -135,7 +144,11 @@ MATH = {"unique_id": "1", "problem": "p", "answer": "1", "level": 3, "subject": 
         ("math500", [MATH, MATH | {"unique_id": "2", "level": "3"}], [":2: level: expected int, got str '3'"]),
         ("math500", [MATH | {"level": 9}], [":1: level: expected 1 to 5, got 9"]),
         ("math500", [MATH | {"level": True}], [":1: level: expected int, got bool"]),
-        ("math500", [MATH | {"answer": None}, MATH | {"problem": 3}], [":1: no column 'answer'", ":2: problem: expected str, got int"]),
+        (
+            "math500",
+            [MATH | {"answer": None}, MATH | {"problem": 3}],
+            [":1: no column 'answer'", ":2: problem: expected str, got int"],
+        ),
     ],
 )
 def test_bad_rows_are_refused_with_their_lines(tmp_path, benchmark, rows, messages):
@@ -151,7 +164,10 @@ def test_bad_rows_are_refused_with_their_lines(tmp_path, benchmark, rows, messag
         ({"public_test_cases": '[{"input": "1"}]'}, "public_test_cases[0]: expected input, output and testtype"),
         ({"public_test_cases": '{"a": 1}'}, "public_test_cases: expected a list of tests, got dict"),
         ({"contest_date": "yesterday"}, "contest_date: expected a day"),
-        ({"public_test_cases": '[{"input": "1", "output": "1", "testtype": "functional"}]'}, "testtype: expected all stdin or all functional"),
+        (
+            {"public_test_cases": '[{"input": "1", "output": "1", "testtype": "functional"}]'},
+            "testtype: expected all stdin or all functional",
+        ),
     ],
 )
 def test_bad_livecodebench_rows(examples, tmp_path, change, message):
@@ -162,7 +178,13 @@ def test_bad_livecodebench_rows(examples, tmp_path, change, message):
 
 
 def test_bad_plain_rows(tmp_path):
-    rows = [{"question": "a", "answer": "1", "id": 1}, {"question": "b"}, {"question": "", "answer": "1"}, {"question": "c", "answer": "2", "id": 1}, {"x": 1}]
+    rows = [
+        {"question": "a", "answer": "1", "id": 1},
+        {"question": "b"},
+        {"question": "", "answer": "1"},
+        {"question": "c", "answer": "2", "id": 1},
+        {"x": 1},
+    ]
     with pytest.raises(ConfigError) as error:
         read_problems(config(write(tmp_path / "x.jsonl", rows)))
     for message in (":2: no reference answer", ":3: ", ":4: id '1' is that of", ":5: "):
@@ -209,7 +231,12 @@ def test_published_settings(name):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"samples": 2, "k": [4]}, "k: pass@4 needs"), ({"budgets": [0]}, "budgets"), ({"sample": 1}, "did you mean samples"), ({"k": [0]}, "k: pass@0")],
+    [
+        ({"samples": 2, "k": [4]}, "k: pass@4 needs"),
+        ({"budgets": [0]}, "budgets"),
+        ({"sample": 1}, "did you mean samples"),
+        ({"k": [0]}, "k: pass@0"),
+    ],
 )
 def test_configs_that_make_no_sense(values, message):
     with pytest.raises(ConfigError, match=message):

@@ -14,7 +14,11 @@ from dqjax.eval.run import read_records
 @pytest.fixture
 def benchmark(tmp_path):
     path = tmp_path / "test.jsonl"
-    path.write_text("".join(json.dumps({"id": f"p{i}", "question": f"{i}?", "answer": i, "difficulty": i % 2}) + "\n" for i in range(6)))
+    path.write_text(
+        "".join(
+            json.dumps({"id": f"p{i}", "question": f"{i}?", "answer": i, "difficulty": i % 2}) + "\n" for i in range(6)
+        )
+    )
     return path
 
 
@@ -25,7 +29,17 @@ def run(tmp_path, benchmark, monkeypatch, scripted):
     def call(*options, out="out"):
         sampler = scripted(lambda r: r.problem.answer if int(r.problem.answer) < 4 or r.index == 1 else "none of them")
         monkeypatch.setattr(command, "endpoint_sampler", lambda arguments, config: sampler)
-        arguments = ["--endpoint", "http://x/v1", "--model", "m", "--benchmark", str(benchmark), "--out", str(tmp_path / out), *options]
+        arguments = [
+            "--endpoint",
+            "http://x/v1",
+            "--model",
+            "m",
+            "--benchmark",
+            str(benchmark),
+            "--out",
+            str(tmp_path / out),
+            *options,
+        ]
         assert command.main(arguments) == 0
         return sampler
 
@@ -37,7 +51,13 @@ def test_writes_the_report_and_goes_on(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| accuracy | 83.3% [" in printed and "pass@2" in printed and "By difficulty" in printed
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {"report.json", "report.md", "records.jsonl", "problems.jsonl", "settings.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "report.json",
+        "report.md",
+        "records.jsonl",
+        "problems.jsonl",
+        "settings.json",
+    }
     report = json.loads((out / "report.json").read_text())
     assert report["modes"]["thinking on"]["accuracy"]["value"] == pytest.approx((4 + 0.5 * 2) / 6)
     assert len(report["fingerprint"]) == 12 and report["settings"]["graders"]["math-verify"]
@@ -121,12 +141,33 @@ def test_a_real_checkpoint_end_to_end(tmp_path, benchmark):
     torch.manual_seed(0)
     model = tmp_path / "model"
     train_tokenizer(["0? 1? 2? think answer"] * 3, 300).save_pretrained(model)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=320, max_position_embeddings=512, tie_word_embeddings=True, **sizes)).save_pretrained(model)
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+    )
+    Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=320, max_position_embeddings=512, tie_word_embeddings=True, **sizes)
+    ).save_pretrained(model)
 
     def run(out, samples):
-        arguments = ["--checkpoint", str(model), "--benchmark", str(benchmark), "--out", str(tmp_path / out), "--samples", samples]
-        assert command.main([*arguments, "--max-new-tokens", "8", "--rows", "8", "--dtype", "float32", "--limit", "2"]) == 0
+        arguments = [
+            "--checkpoint",
+            str(model),
+            "--benchmark",
+            str(benchmark),
+            "--out",
+            str(tmp_path / out),
+            "--samples",
+            samples,
+        ]
+        assert (
+            command.main([*arguments, "--max-new-tokens", "8", "--rows", "8", "--dtype", "float32", "--limit", "2"])
+            == 0
+        )
         return read_records(tmp_path / out / "records.jsonl")
 
     first = run("out", "1")

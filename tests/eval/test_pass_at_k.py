@@ -8,7 +8,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from dqjax.eval.pass_at_k import compare_pass_at_k, majority, mean_interval, mean_pass_at_k, pass_at_k, pass_at_k_interval
+from dqjax.eval.pass_at_k import (
+    compare_pass_at_k,
+    majority,
+    mean_interval,
+    mean_pass_at_k,
+    pass_at_k,
+    pass_at_k_interval,
+)
 
 
 @hypothesis.given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -104,7 +111,11 @@ def test_equal_runs_differ_by_nothing():
 
 def test_mean_interval():
     interval = mean_interval(np.array([0.0, 1.0] * 50))
-    assert interval.value == 0.5 and interval.low == pytest.approx(0.4, abs=0.03) and interval.high == pytest.approx(0.6, abs=0.03)
+    assert (
+        interval.value == 0.5
+        and interval.low == pytest.approx(0.4, abs=0.03)
+        and interval.high == pytest.approx(0.6, abs=0.03)
+    )
     with pytest.raises(ValueError, match="level"):
         mean_interval(np.array([1.0]), level=95)
 

@@ -76,23 +76,44 @@ def test_many_difficulties_are_cut_at_quintiles():
 def test_comparison_is_paired_over_shared_problems(graded):
     fewer = [dataclasses.replace(g, tokens=g.tokens - 5, correct=False) for g in graded if g.id == "a"]
     difference = compare(graded, fewer)
-    assert difference["problems"] == 1 and difference["pass_at_1"]["value"] == pytest.approx(0.75) and difference["tokens"] == 5.0
+    assert (
+        difference["problems"] == 1
+        and difference["pass_at_1"]["value"] == pytest.approx(0.75)
+        and difference["tokens"] == 5.0
+    )
     with pytest.raises(ValueError, match="no problem in common"):
         compare(graded, [sample("z")])
 
 
 def test_files(graded, tmp_path):
     off = [dataclasses.replace(g, thinking=False) for g in graded]
-    summaries = {"thinking on": summarise(graded, k=(1, 2), max_new_tokens=100), "thinking off": summarise(off, k=(1, 2), max_new_tokens=100)}
+    summaries = {
+        "thinking on": summarise(graded, k=(1, 2), max_new_tokens=100),
+        "thinking off": summarise(off, k=(1, 2), max_new_tokens=100),
+    }
     about = {"benchmark": "demo", "fingerprint": "abc", "settings": {"samples": 4}, "overlap": "none"}
-    report = write_report(tmp_path, graded + off, about=about, summaries=summaries, comparisons={"on minus off": compare(graded, off)})
+    report = write_report(
+        tmp_path, graded + off, about=about, summaries=summaries, comparisons={"on minus off": compare(graded, off)}
+    )
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
     text = (tmp_path / "report.md").read_text()
     assert text == as_text(report)
-    for expected in ("| | thinking on | thinking off |", "| accuracy | 50.0% [", "pass@2", "fingerprint: abc", "on minus off: pass@1 +0.0%", "Overlap with the training data: none"):
+    for expected in (
+        "| | thinking on | thinking off |",
+        "| accuracy | 50.0% [",
+        "pass@2",
+        "fingerprint: abc",
+        "on minus off: pass@1 +0.0%",
+        "Overlap with the training data: none",
+    ):
         assert expected in text
     rows = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
-    assert [(r["id"], r["thinking"], r["n"], r["correct"]) for r in rows] == [("a", True, 4, 3), ("b", True, 4, 1), ("a", False, 4, 3), ("b", False, 4, 1)]
+    assert [(r["id"], r["thinking"], r["n"], r["correct"]) for r in rows] == [
+        ("a", True, 4, 3),
+        ("b", True, 4, 1),
+        ("a", False, 4, 3),
+        ("b", False, 4, 1),
+    ]
     assert rows[0]["pass_at_k"] == {"1": 0.75, "2": 1.0, "4": 1.0}
 
 

@@ -43,7 +43,9 @@ def test_resumes_where_it_stopped(problems, scripted, tmp_path):
         sampler = scripted(right_below(4))
         graded = evaluate(sampler, problems(6), samples=3, records=path)
         assert len(sampler.asked) == 18 - kept
-        assert [(g.key, g.correct, g.text, g.seed) for g in graded] == [(g.key, g.correct, g.text, g.seed) for g in expected]
+        assert [(g.key, g.correct, g.text, g.seed) for g in graded] == [
+            (g.key, g.correct, g.text, g.seed) for g in expected
+        ]
         assert len(read_records(path)) == 18
 
 

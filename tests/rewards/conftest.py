@@ -12,7 +12,17 @@ def complete():
     """complete(text, answer, ...) → a Completion; unknown keywords become columns of the problem."""
 
     def make(
-        text, answer="1", *, id="p", question="q?", tokens=10, truncated=False, thinking=True, opened=False, difficulty=None, **extra
+        text,
+        answer="1",
+        *,
+        id="p",
+        question="q?",
+        tokens=10,
+        truncated=False,
+        thinking=True,
+        opened=False,
+        difficulty=None,
+        **extra,
     ):
         row = {"id": id, "question": question, "answer": answer, "difficulty": difficulty, **extra}
         problem = parse_row(row)[0]

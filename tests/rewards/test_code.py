@@ -56,12 +56,20 @@ def test_forms(complete, tests, program, score, detail):
 
 def test_partial_credit(complete):
     grader = CodeGrader(CodeConfig(partial=True))
-    assert [g.score for g in grader([complete(block("print(3)"), "", tests=STDIN), complete(block("print(9)"), "", tests=STDIN)])] == [0.5, 0.0]
+    assert [
+        g.score
+        for g in grader([complete(block("print(3)"), "", tests=STDIN), complete(block("print(9)"), "", tests=STDIN)])
+    ] == [0.5, 0.0]
 
 
 def test_answers_without_a_program_are_wrong(complete):
     grader = CodeGrader(QUICK)
-    texts = ["no program", "<think>\n" + block("print(3)") + "\n</think>\n\nsorry", "<think>\n" + block("print(3)"), block("int main;", "cpp")]
+    texts = [
+        "no program",
+        "<think>\n" + block("print(3)") + "\n</think>\n\nsorry",
+        "<think>\n" + block("print(3)"),
+        block("int main;", "cpp"),
+    ]
     grades = grader([complete(text, "", tests=STDIN) for text in texts])
     assert all(g.score == 0.0 and g.failed is None and g.detail for g in grades)
 

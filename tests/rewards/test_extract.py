@@ -35,7 +35,11 @@ def test_last_boxed(text, expected):
     assert extract.last_boxed(text) == expected
 
 
-@hypothesis.given(st.recursive(st.sampled_from(["1", "x", r"\{", r"\}", r"\\"]), lambda s: st.lists(s).map(lambda p: "{" + "".join(p) + "}")))
+@hypothesis.given(
+    st.recursive(
+        st.sampled_from(["1", "x", r"\{", r"\}", r"\\"]), lambda s: st.lists(s).map(lambda p: "{" + "".join(p) + "}")
+    )
+)
 def test_last_boxed_returns_balanced_content_whole(content):
     assert extract.last_boxed(rf"\boxed{{1}} so \boxed{{{content}}} holds") == content
 
@@ -114,7 +118,9 @@ def test_number_is_exact(value):
     assert extract.number(f"{value:f}") == Fraction(value)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("a 3 b 4.5 c", "4.5"), ("it costs 1,200 dollars", "1,200"), ("none", None), ("2/3", "2/3")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a 3 b 4.5 c", "4.5"), ("it costs 1,200 dollars", "1,200"), ("none", None), ("2/3", "2/3")]
+)
 def test_last_number(text, expected):
     assert extract.last_number(text) == expected
 
@@ -149,7 +155,14 @@ def test_extraction_is_linear_on_hostile_text():
     import time
 
     began = time.perf_counter()
-    for text in ("\\boxed{" * 2000, "{" * 100000, "answer is " * 20000, "<answer>" * 20000, "1," * 50000, "\\text{" * 20000):
+    for text in (
+        "\\boxed{" * 2000,
+        "{" * 100000,
+        "answer is " * 20000,
+        "<answer>" * 20000,
+        "1," * 50000,
+        "\\text{" * 20000,
+    ):
         extract.final_answer(text)
         extract.normalise(text)
         extract.number(text)

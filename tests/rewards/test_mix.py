@@ -48,7 +48,9 @@ def test_style_can_be_made_to_count_for_all(complete):
 def test_overlong_counts_for_all(complete):
     settings = dict(overlong={"weight": 1.0}, overlong_punishment={"limit": 100, "buffer": 50})
     with Mix(config(**settings)) as mix:
-        np.testing.assert_allclose(mix([complete(BAD, "5", tokens=100), complete(GOOD, "5", tokens=75)]).total, [-1.0, 0.5])
+        np.testing.assert_allclose(
+            mix([complete(BAD, "5", tokens=100), complete(GOOD, "5", tokens=75)]).total, [-1.0, 0.5]
+        )
 
 
 def test_weights_of_zero_are_logged_and_add_nothing(complete):

@@ -38,7 +38,9 @@ def nothing_left_behind():
     yield
     assert children() <= before
     assert threading.active_count() <= threads
-    assert not {p for p in set(folder.glob("dqjax-program-*")) - mine if p.stat().st_uid == os.getuid() and _is_stale(p)}
+    assert not {
+        p for p in set(folder.glob("dqjax-program-*")) - mine if p.stat().st_uid == os.getuid() and _is_stale(p)
+    }
 
 
 def _parent(process):
@@ -71,7 +73,10 @@ def test_threads_asyncio_and_numpy_work():
     deep = "import threading\nthreading.stack_size(64 << 20)\nt = threading.Thread(target=print, args=(1,))\nt.start(); t.join()"
     assert run(deep).stdout == "1\n"
     assert run("import asyncio\nasync def f(): print(2)\nasyncio.run(f())").stdout == "2\n"
-    assert run("import numpy as np\nprint(np.arange(4).reshape(2, 2) @ np.ones(2))", limits=LimitsConfig(wall=20)).stdout == "[1. 5.]\n"
+    assert (
+        run("import numpy as np\nprint(np.arange(4).reshape(2, 2) @ np.ones(2))", limits=LimitsConfig(wall=20)).stdout
+        == "[1. 5.]\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,11 +156,17 @@ def test_endless_computation_and_sleep_are_stopped():
 
 def test_memory_is_bounded():
     assert run("x = bytearray(10 << 30)").ended == "exit code 1: MemoryError"
-    assert "MemoryError" in run("x = []\nwhile True: x.append(bytes(16 << 20))", limits=LimitsConfig(wall=30, memory=256 << 20)).ended
+    assert (
+        "MemoryError"
+        in run("x = []\nwhile True: x.append(bytes(16 << 20))", limits=LimitsConfig(wall=30, memory=256 << 20)).ended
+    )
     assert run("import mmap\nm = mmap.mmap(-1, 10 << 30)").ended.startswith("exit code 1")
     raised = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))"
     assert "exit code 1" in run(raised).ended
-    assert "PermissionError" in run("import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (0, 0))").ended
+    assert (
+        "PermissionError"
+        in run("import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (0, 0))").ended
+    )
 
 
 def test_thread_bombs_are_stopped():
@@ -182,15 +193,28 @@ def test_files_outside_cannot_be_read_or_changed(tmp_path):
     outcome = run(program)
     assert (outcome.ended, outcome.stdout) == (None, "")
     after = secret.stat()
-    assert secret.read_text() == "secret" and (after.st_mode, after.st_mtime, after.st_uid) == (before.st_mode, before.st_mtime, before.st_uid)
+    assert secret.read_text() == "secret" and (after.st_mode, after.st_mtime, after.st_uid) == (
+        before.st_mode,
+        before.st_mtime,
+        before.st_uid,
+    )
     assert list(tmp_path.iterdir()) == [secret]
 
 
 def test_the_own_folder_is_writable_within_bounds():
     assert run("open('a', 'w').write('hi')\nprint(open('a').read())").stdout == "hi\n"
-    assert "File too large" in run("f = open('a', 'wb')\nwhile True: f.write(bytes(1 << 20))", limits=LimitsConfig(file_size=1 << 20)).ended
+    assert (
+        "File too large"
+        in run("f = open('a', 'wb')\nwhile True: f.write(bytes(1 << 20))", limits=LimitsConfig(file_size=1 << 20)).ended
+    )
     assert run("for i in range(10 ** 6): open(str(i), 'w').close()").ended == "files"
-    assert run("for i in range(60): open(str(i), 'wb').write(bytes(1 << 20))\nimport time; time.sleep(9)", limits=LimitsConfig(wall=5, file_size=1 << 20)).ended == "files"
+    assert (
+        run(
+            "for i in range(60): open(str(i), 'wb').write(bytes(1 << 20))\nimport time; time.sleep(9)",
+            limits=LimitsConfig(wall=5, file_size=1 << 20),
+        ).ended
+        == "files"
+    )
     assert "Too many open files" in run("x = [open('a', 'w') for _ in range(1000)]").ended
 
 
@@ -205,7 +229,9 @@ def test_there_is_no_network():
             "import socket; socket.socket(16, socket.SOCK_RAW, 0)",
         ):
             assert "PermissionError" in run(program).ended, program
-        assert "exit code 1" in run(f"import urllib.request as u; u.urlopen('http://127.0.0.1:{port}', timeout=1)").ended
+        assert (
+            "exit code 1" in run(f"import urllib.request as u; u.urlopen('http://127.0.0.1:{port}', timeout=1)").ended
+        )
     finally:
         server.close()
 
@@ -228,7 +254,9 @@ def test_nothing_is_inherited():
     os.environ["DQJAX_TEST_SECRET"] = "secret"
     try:
         assert "SECRET" not in run("import os; print(dict(os.environ))").stdout
-        outcome = run("import os\nfor n in range(3, 64):\n    try: print(n, os.fstat(n).st_mode)\n    except OSError: pass")
+        outcome = run(
+            "import os\nfor n in range(3, 64):\n    try: print(n, os.fstat(n).st_mode)\n    except OSError: pass"
+        )
     finally:
         del os.environ["DQJAX_TEST_SECRET"]
         os.close(reader)
@@ -262,7 +290,7 @@ def test_asserts_pass_or_say_why():
     for escape in ("import os; os._exit(0)", "exit()", "raise SystemExit", "import sys; sys.exit(0)"):
         assert run_asserts(f"{escape}\ndef g(x): return 0", tests, "g") is not True
         assert run_asserts(f"def g(x):\n    {escape}", tests, "g") is not True
-    forged = "import os\nfor n in range(3, 9):\n    try: os.write(n, b'{\"passed\": \"\"}\\n{\"passed\": true}\\n')\n    except OSError: pass\nos._exit(0)"
+    forged = 'import os\nfor n in range(3, 9):\n    try: os.write(n, b\'{"passed": ""}\\n{"passed": true}\\n\')\n    except OSError: pass\nos._exit(0)'
     assert run_asserts(forged, tests, "g") is not True
     assert run_asserts("def g(x): return x + 1", "assert g(1) == 2") is True
 
@@ -277,7 +305,14 @@ def test_a_machine_that_cannot_confine_runs_nothing(monkeypatch, tmp_path):
     child = tmp_path / "child.py"
     package = pathlib.Path(confine.__file__).parent
     child.write_text((package / "child.py").read_text().replace("os.path.dirname(__file__)", repr(str(tmp_path))))
-    broken = (package / "confine.py").read_text().replace("def confine(*, readable", "def confine(*, readable=0, writable=0):\n    raise Unconfined('no Landlock')\ndef _(*, readable")
+    broken = (
+        (package / "confine.py")
+        .read_text()
+        .replace(
+            "def confine(*, readable",
+            "def confine(*, readable=0, writable=0):\n    raise Unconfined('no Landlock')\ndef _(*, readable",
+        )
+    )
     (tmp_path / "confine.py").write_text(broken)
     monkeypatch.setattr("dqjax.rewards.sandbox._CHILD", child)
     with pytest.raises(NotImplementedError, match="no Landlock"):

@@ -23,7 +23,12 @@ def grader():
 def test_reference_answers_are_right_in_any_wrapping_and_others_wrong(grader, complete, task):
     item = reasoning_gym.create_dataset(task, size=1, seed=3)[0]
     row = dict(question=item["question"], metadata=item["metadata"])
-    texts = [item["answer"], f"<think>\nhm\n</think>\n\n\\boxed{{{item['answer']}}}", f"So: <answer>{item['answer']}</answer>", "no idea"]
+    texts = [
+        item["answer"],
+        f"<think>\nhm\n</think>\n\n\\boxed{{{item['answer']}}}",
+        f"So: <answer>{item['answer']}</answer>",
+        "no idea",
+    ]
     if task in ("mini_sudoku", "knights_knaves"):
         texts[1] = item["answer"]  # grids and sentences are not put into boxes
     grades = grader([complete(text, item["answer"], **row) for text in texts])

@@ -47,7 +47,8 @@ def test_format(complete, text, options, fault):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "score"), [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1.0), (101, -1.0), (10**6, -1.0)]
+    ("tokens", "score"),
+    [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1.0), (101, -1.0), (10**6, -1.0)],
 )
 def test_overlong(complete, tokens, score):
     (grade,) = OverlongGrader(OverlongConfig(limit=100, buffer=20))([complete("x", tokens=tokens)])
@@ -55,7 +56,10 @@ def test_overlong(complete, tokens, score):
 
 
 def test_overlong_of_a_cut_sample_is_full(complete):
-    assert OverlongGrader(OverlongConfig(limit=100, buffer=20))([complete("x", tokens=10, truncated=True)])[0].score == -1.0
+    assert (
+        OverlongGrader(OverlongConfig(limit=100, buffer=20))([complete("x", tokens=10, truncated=True)])[0].score
+        == -1.0
+    )
 
 
 def test_overlong_config():
@@ -73,7 +77,10 @@ def test_length_is_relative_to_the_group(complete):
 def test_length_is_bounded_and_falls_with_tokens(complete, lengths):
     scores = [g.score for g in LengthGrader()([complete("x", tokens=t) for t in lengths])]
     assert all(-0.5 <= s <= 0.5 for s in scores)
-    assert all(a >= b for _, a, _, b in ((m, a, n, b) for m, a in zip(lengths, scores) for n, b in zip(lengths, scores) if m <= n))
+    assert all(
+        a >= b
+        for _, a, _, b in ((m, a, n, b) for m, a in zip(lengths, scores) for n, b in zip(lengths, scores) if m <= n)
+    )
 
 
 def scorer_of(*labels):
@@ -126,7 +133,10 @@ def test_a_scorer_is_asked_once_a_batch(complete):
         VerbosityGrader(StyleConfig(), lambda c: [])(batch)
 
 
-@pytest.mark.parametrize(("score", "reward"), [(0.0, 0.5), (2.0, 1 / (1 + math.exp(-2))), (-2.0, 1 / (1 + math.exp(2))), (1e9, 1.0), (-1e9, 0.0)])
+@pytest.mark.parametrize(
+    ("score", "reward"),
+    [(0.0, 0.5), (2.0, 1 / (1 + math.exp(-2))), (-2.0, 1 / (1 + math.exp(2))), (1e9, 1.0), (-1e9, 0.0)],
+)
 def test_model_scores_are_squashed(complete, score, reward):
     assert ModelGrader(ModelConfig(), lambda c: [score])([complete("x")])[0].score == pytest.approx(reward)
     assert ModelGrader(ModelConfig(squash="none"), lambda c: [score])([complete("x")])[0].score == score

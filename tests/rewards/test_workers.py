@@ -100,7 +100,9 @@ def test_a_worker_that_died_between_calls_is_replaced(workers):
 
 def test_an_orphan_ends_by_itself(tmp_path):
     """A killed caller leaves no worker behind, even one in the middle of an endless computation."""
-    (tmp_path / "orphan_functions.py").write_text("import os\ndef act(request):\n    open(os.devnull)\n    while True: pass\n")
+    (tmp_path / "orphan_functions.py").write_text(
+        "import os\ndef act(request):\n    open(os.devnull)\n    while True: pass\n"
+    )
     code = (
         "import threading, time\nfrom dqjax.rewards.workers import Workers\n"
         "w = Workers('orphan_functions:act', workers=1, timeout=1.0)\n"

@@ -94,14 +94,18 @@ def call_function(
     return _run(job, "", limits, calls=len(arguments))
 
 
-def run_asserts(program: str, code: str, function: str | None = None, limits: LimitsConfig = LimitsConfig()) -> bool | str:
+def run_asserts(
+    program: str, code: str, function: str | None = None, limits: LimitsConfig = LimitsConfig()
+) -> bool | str:
     """Runs a program and then tests that raise where it is wrong; with `function`, calls `check(function)` of the tests.
 
     Returns:
       True, or why not.
     """
     nonce = secrets.token_hex(16)
-    outcome = _run({"form": "assert", "program": program, "code": code, "function": function, "nonce": nonce}, "", limits)
+    outcome = _run(
+        {"form": "assert", "program": program, "code": code, "function": function, "nonce": nonce}, "", limits
+    )
     if {"passed": nonce} in outcome.verdicts:
         return True
     return outcome.ended or "the program ended before its tests"
@@ -218,7 +222,11 @@ class _Watch:
         errors = self._stderr.decode("utf-8", "replace").strip()
         if ended is None and code:
             last = errors.rpartition("\n")[2][:200]
-            ended = _SIGNALS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}" + (f": {last}" if last else "")
+            ended = (
+                _SIGNALS.get(-code, f"signal {-code}")
+                if code < 0
+                else f"exit code {code}" + (f": {last}" if last else "")
+            )
         text = self._stdout.decode("utf-8", "replace")
         return Outcome(ended, text, tuple(verdicts[1:]), time.monotonic() - self._began)
 

@@ -66,10 +66,22 @@ _ARGUMENTS = {  # calls whose arguments decide
     "aarch64": {_CLONE: 220, _KILL: 129, _TGKILL: 131, _PRLIMIT: 261, _PRCTL: 167, _IOCTL: 29, _OPENAT: 56},
 }
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_OWN_CALLS = {"capset": (126, 91), "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446)}
+_OWN_CALLS = {
+    "capset": (126, 91),
+    "landlock_create_ruleset": (444, 444),
+    "landlock_add_rule": (445, 445),
+    "landlock_restrict_self": (446, 446),
+}
 
 _CLONE_THREAD = 0x10000
-_TERMINAL_QUERIES = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX
+_TERMINAL_QUERIES = (
+    0x5401,
+    0x5413,
+    0x541B,
+    0x5421,
+    0x5450,
+    0x5451,
+)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 15, 38, 22
 
 # Landlock's rights over files, bit by bit, and the version of Landlock that knows them.
@@ -162,7 +174,9 @@ def _landlock(call, readable: list[str], writable: list[str]) -> None:
     try:
         version = call("landlock_create_ruleset", 0, 0, 1)
     except Unconfined as e:
-        raise Unconfined(f"the kernel has no Landlock (Linux 5.13 or newer, `landlock` in its lsm= list): {e}") from None
+        raise Unconfined(
+            f"the kernel has no Landlock (Linux 5.13 or newer, `landlock` in its lsm= list): {e}"
+        ) from None
     known = _RIGHTS[max(v for v in _RIGHTS if v <= version)]
     rules = {"<Q": (known,), "<QQ": (known, 0b11), "<QQQ": (known, 0b11, 0b11)}  # files; TCP; abstract sockets, signals
     form = "<Q" if version < 4 else "<QQ" if version < 6 else "<QQQ"
