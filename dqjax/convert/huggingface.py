@@ -204,9 +204,9 @@ def _load(
     dtype = jnp.dtype(tensors[0].dtype if dtype is None else dtype)
     shape = entry.shape_here(config)
     if entry.layers is None:
-        array = _convert(dtype, sharding)(_read(tensors[0], entry, config, sharding))
+        array = _read(tensors[0], entry, config, sharding)
         done()
-        return array
+        return array if array.dtype == dtype else _convert(dtype, sharding)(array)
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
     of_layer = sharding
     if isinstance(sharding, NamedSharding):
