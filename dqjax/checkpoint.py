@@ -13,14 +13,15 @@ it is read. Each host hashes its share of the files.
 import hashlib
 import json
 import logging
+import pathlib
+import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 log = logging.getLogger(__name__)
@@ -36,19 +37,19 @@ class Checkpoints:
     """The checkpoints of one run, newest last.
 
     Args:
-      folder: local, or any path etils.epath opens (gs://…); shared by all hosts.
+      folder: on a disk that all hosts share.
       keep: how many of the newest to keep; the best one (lowest `score`) is kept besides. Others are deleted, but only
         after a newer one is proved.
     """
 
-    def __init__(self, folder: str | epath.Path, *, keep: int = 2):
-        self.folder = epath.Path(folder).resolve()  # orbax wants it absolute
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+        self.folder = pathlib.Path(folder).resolve()  # orbax wants it absolute
         self.keep = keep
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._worker: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def path(self, step: int) -> epath.Path:
+    def path(self, step: int) -> pathlib.Path:
         return self.folder / f"{PREFIX}{step:08d}"
 
     def steps(self) -> list[int]:
@@ -165,7 +166,7 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             index, count, folder = jax.process_index(), jax.process_count(), self.path(step)
-            names = sorted(str(p.relative_to(folder)) for p in _files(folder) if "manifest-" not in p.name)
+            names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "manifest-" not in p.name)
             mine = {name: _fingerprint(folder / name) for i, name in enumerate(names) if i % count == index}
             manifest = {"parts": count, "score": score, "files": mine}
             path = folder / f"manifest-{index}-of-{count}.json"
@@ -184,27 +185,19 @@ class Checkpoints:
             if step not in spare:
                 for manifest in self.path(step).glob("manifest-*"):  # first, so that a half-deleted step does not count
                     manifest.unlink()
-                self.path(step).rmtree()
+                shutil.rmtree(self.path(step))
 
 
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():  # epath has no recursive glob
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
-
-
-def _fingerprint(path: epath.Path) -> dict[str, Any]:
+def _fingerprint(path: pathlib.Path) -> dict[str, Any]:
     with path.open("rb") as f:
-        return {"size": path.stat().length, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
-def _differs(path: epath.Path, expected: Mapping[str, Any]) -> str:
+def _differs(path: pathlib.Path, expected: Mapping[str, Any]) -> str:
     """What is wrong with a file, or ""."""
     if not path.exists():
         return f"{path} is missing"
-    if (size := path.stat().length) != expected["size"]:
+    if (size := path.stat().st_size) != expected["size"]:
         return f"{path} has {size} bytes, expected {expected['size']}"
     if _fingerprint(path)["sha256"] != expected["sha256"]:
         return f"{path} does not have the SHA-256 it was written with"

@@ -38,9 +38,9 @@ class Section(pydantic.BaseModel):
             if int in kinds and float not in kinds and isinstance(value, (bool, str, float)):
                 if not (isinstance(value, bool) and bool in kinds) and not (isinstance(value, str) and str in kinds):
                     raise ValueError(f"{name}: expected a whole number, got {value!r}")
-            if kinds and kinds <= {bool, type(None)} and not isinstance(value, (bool, type(None))):
+            if bool in kinds and kinds <= {bool, type(None)} and not isinstance(value, (bool, type(None))):
                 raise ValueError(f"{name}: expected true or false, got {value!r}")
-            if kinds and kinds <= {str, type(None)} and isinstance(value, bool):
+            if str in kinds and kinds <= {str, type(None)} and isinstance(value, bool):
                 raise ValueError(f"{name}: expected text, got {value!r} (YAML reads yes and no so: quote it)")
         return values
 

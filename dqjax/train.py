@@ -51,7 +51,7 @@ log = logging.getLogger("dqjax.train")
 class TrainConfig(Section):
     """train: how long and how much at a time.
 
-    run_dir: folder of the run; an existing one is resumed. steps: updates in all; or epochs: passes over the data (a
+    run_dir: folder of the run, on a disk that all hosts share; an existing one is resumed. steps: updates in all; or epochs: passes over the data (a
     curriculum counts its own). batch_rows: packed rows of one update, over all devices. accumulate: micro-batches they
     are taken in, to save memory; the result is the same. seed: of parameters (where drawn) and of steps. eval_every:
     steps between evaluations, with the same number of them between samples. max_skipped: steps with a non-finite loss or
@@ -130,6 +130,8 @@ def train(config: Config) -> int:
       ConfigError: before anything is compiled, if the config cannot be run.
     """
     run = pathlib.Path(config.train.run_dir)
+    if "://" in config.train.run_dir:
+        raise ConfigError(f"train.run_dir: expected a path, got {config.train.run_dir}; mount the bucket (gcsfuse) on all hosts")
     _refuse_another_config(config, run)
     try:
         rules = Rules(make_mesh(**config.mesh.model_dump()))

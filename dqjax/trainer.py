@@ -81,7 +81,8 @@ class Saving:
     """The hook that saves: every so many steps, after a signal to stop, and at the end.
 
     SIGTERM and SIGINT ask for a stop: the step in flight is finished, saved, and the loop ends. With several hosts, jax's
-    preemption service makes all of them stop at the same step.
+    preemption service catches SIGTERM (hence no handler of ours, which would displace its own) and makes all of them stop
+    at the same step.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Saving:
         self._every, self._steps, self._meta, self._score = every, steps, dict(meta), score
         self.stopped_by: int | None = None
         self._asked: int | None = None
-        if threading.current_thread() is threading.main_thread():
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._ask)
 

@@ -29,6 +29,7 @@ class Config(Section):
     objective: Annotated[Sft | Grpo, pydantic.Field(discriminator="kind")] = Sft()
     optimizer: Optimizer = Optimizer()
     parts: tuple[Optimizer, ...] = ()
+    ks: tuple[int, ...] | None = None
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ class Config(Section):
     [
         ({"optimizer": {"learning_rat": 1}}, "optimizer.learning_rat: unknown key; did you mean learning_rate?"),
         ({"optimiser": {}}, "optimiser: unknown key; did you mean optimizer?"),
-        ({"zzz": {}}, "zzz: unknown key; valid here: objective, optimizer, parts"),
+        ({"zzz": {}}, "zzz: unknown key; valid here: ks, objective, optimizer, parts"),
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: input should be a valid number"),
         ({"optimizer": {"warmup": "3"}}, "optimizer.warmup: expected a whole number, got '3'"),
         ({"optimizer": {"warmup": 3.0}}, "optimizer.warmup: expected a whole number, got 3.0"),
@@ -60,6 +61,7 @@ def test_yaml_traps():
     config = validate(Config, {"optimizer": {"learning_rate": "2e-5", "thinking": False}}, where="run.yaml")
     assert config.optimizer.learning_rate == 2e-5
     assert config.optimizer.thinking == "off"
+    assert validate(Config, {"ks": [1, 4]}, where="run.yaml").ks == (1, 4)
 
 
 def test_overrides_and_round_trip(tmp_path):

@@ -69,7 +69,8 @@ class Engine:
             raise ValueError(f"rows: {rows} sequences do not divide over {decoder.rules.batch_shards} batch shards of the mesh")
         self._decoder, self._rows, self._limit, self._seed = decoder, rows, max_new_tokens, seed
         self._generate = jax.jit(
-            functools.partial(_generate, decoder, tuple(stop_ids), vocab, sampling, max_new_tokens)
+            functools.partial(_generate, decoder, tuple(stop_ids), vocab, sampling, max_new_tokens),
+            out_shardings=decoder.rules.sharding(()),  # whole on every host, to be read there
         )
 
     def generate(self, params: Params, prompts: Iterable[Prompt]) -> Iterator[Sample]:
