@@ -14,10 +14,11 @@ def group_advantages(
 ) -> Float[np.ndarray, "P G"]:
     """A = (r − baseline) / (std + eps), over the G samples of each of P prompts.
 
-    GRPO (https://arxiv.org/abs/2402.03300, section 4.1.2) takes the group's mean as the baseline and its std (ddof = 1, as
-    TRL does) as the scale. `scale="none"` is Dr. GRPO's (https://arxiv.org/abs/2503.20783), `"batch"` the std over all
-    rewards (https://arxiv.org/abs/2508.08221). `baseline="leave_one_out"` is RLOO (https://arxiv.org/abs/2402.14740,
-    eq. 6): each sample against the mean of the others, G / (G − 1) times the other form; use it with `scale="none"`.
+    GRPO (https://arxiv.org/abs/2402.03300, section 4.1.2) takes the group's mean as the baseline and its std (ddof = 1,
+    as TRL does) as the scale. `scale="none"` is Dr. GRPO's (https://arxiv.org/abs/2503.20783), `"batch"` the std over
+    all rewards (https://arxiv.org/abs/2508.08221). `baseline="leave_one_out"` is RLOO
+    (https://arxiv.org/abs/2402.14740): each sample against the mean of the others, G / (G − 1) times the other
+    form; use it with `scale="none"`.
 
     Args:
       rewards_PG: NaN marks a sample without a reward (missing, or its grader failed): it leaves baseline and std
@@ -49,8 +50,8 @@ def group_advantages(
 def uninformative_groups(rewards_PG: Float[np.ndarray, "P G"], *, tolerance: float = 1e-6) -> Bool[np.ndarray, "P"]:
     """Groups that teach nothing: all rewards equal within `tolerance`, or fewer than two of them.
 
-    Their advantages are 0, so they only dilute the batch: dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476, section
-    3.2) drops them and samples other prompts instead.
+    Their advantages are 0, so they only dilute the batch: dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476,
+    section 3.2) drops them and samples other prompts instead.
     """
     valid = ~np.isnan(rewards_PG)
     highest = np.where(valid, rewards_PG, -np.inf).max(axis=1, initial=-np.inf)

@@ -64,7 +64,10 @@ def mean_by_group(x: Float[Array, "B S"], group: Array, size: int, pairs: Pairs)
 
 
 def expected_calibration_error(confidence: Mean, accuracy: Mean) -> float:
-    """Σ_bins (n / N) · |accuracy − confidence| (https://arxiv.org/abs/1706.04599, eq. 3), on the host; NaN without pairs."""
+    """Σ_bins (n / N) · |accuracy − confidence| (https://arxiv.org/abs/1706.04599, eq. 3), on the host.
+
+    NaN without pairs.
+    """
     count = np.asarray(confidence.count, np.float64)
     gap = np.abs(np.asarray(accuracy.total, np.float64) - np.asarray(confidence.total, np.float64))
     return float(gap.sum() / count.sum()) if count.sum() else float("nan")

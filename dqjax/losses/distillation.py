@@ -1,8 +1,8 @@
 """Divergences from a teacher's distribution over the next token, summed over a packed batch without full logits.
 
-The teacher comes as its own hidden states and output table, or as its k most likely tokens at each place. Definitions are
-those of `kernels.linear_logprob.linear_kl` (GKD, https://arxiv.org/abs/2306.13649, eq. 1, in TRL's convention), with
-M = (1 − β) S + β T::
+The teacher comes as its own hidden states and output table, or as its k most likely tokens at each place.
+Definitions are those of `kernels.linear_logprob.linear_kl` (GKD, https://arxiv.org/abs/2306.13649, eq. 1, in TRL's
+convention), with M = (1 − β) S + β T::
 
     β = 0   KL(T‖S), forward        β = 1   KL(S‖T), reverse        else   β KL(T‖M) + (1 − β) KL(S‖M)
 

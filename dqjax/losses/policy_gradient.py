@@ -3,12 +3,12 @@
 Per token, with A the advantage of its sample and ρ = exp(log π − log π_old), a token's or the geometric mean of its
 sequence's (GSPO)::
 
-    clip     −min(ρ′ A, clip(ρ, 1 − ε_low, 1 + ε_high) A),  ρ′ = min(ρ, δ)      PPO, GRPO, DAPO, Dr. GRPO
+    clip     −min(ρ′ A, clip(ρ, 1 − ε_low, 1 + ε_high) A),  ρ′ = min(ρ, δ)       PPO, GRPO, DAPO, Dr. GRPO
     cispo    −stop(min(ρ, c)) A log π                                            MiniMax-M1, ScaleRL
     sapo     −(4/τ) σ(τ (ρ − 1)) A,  τ by the sign of A                          SAPO
 
-times the sampler's correction, plus β k3, k3 = e^d − d − 1, d = log π_ref − log π. The names of published objectives are
-pairs of a surrogate and a reduction (`losses.reduce`); `OBJECTIVES` lists them.
+times the sampler's correction, plus β k3, k3 = e^d − d − 1, d = log π_ref − log π. The names of published objectives
+are pairs of a surrogate and a reduction (`losses.reduce`); `OBJECTIVES` lists them.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def policy_gradient_loss(
       ValueError: `options` need log-probabilities that are not there.
     """
     if options.correction != "none" and sampled is None:
-        raise ValueError(f"correction {options.correction!r} needs the sampler's log-probabilities (side 'sample_logprobs')")
+        raise ValueError(f"correction {options.correction!r} needs the sampler's values: side 'sample_logprobs'")
     if options.kl and reference is None:
         raise ValueError(f"kl = {options.kl} needs a reference: side 'reference_logprobs', or frozen['reference']")
     mask, columns = batch.token_weight != 0, batch.side["advantage"].shape[1]

@@ -17,44 +17,32 @@ def sequence_logprobs(logprob: Float[Array, "B T"], batch: Batch, columns: int) 
 
 
 def preference_loss(
-    logprob: Float[Array, "B S"],
-    reference: Float[Array, "B S"],
-    pairs: Pairs,
-    beta: Float[Array, "B S"] | float,
-    *,
-    lengths: Float[Array, "B S"] | None = None,
+    ratio: Float[Array, "B S"], pairs: Pairs, beta: Float[Array, "B S"] | float
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Σ weight · −log σ(β_i · [(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]).
+    """Σ weight · −log σ(β_i · (ratio(chosen) − ratio(rejected))), ratio = log π(y) − log π_ref(y).
 
-    With a number β it is DPO (https://arxiv.org/abs/2305.18290, eq. 7). With one β a pair it is CogPO, which trusts a
-    pair the more the wider its cognitive gap. With `lengths` each log-ratio is divided by the tokens of its completion
-    (Tülu 3, https://arxiv.org/abs/2411.15124, length-normalised DPO; TRL's `sigmoid_norm`), so that a long chain does
-    not outweigh a short one; β is then some 50 times larger for the same pull (5 there).
+    With a number β it is DPO (https://arxiv.org/abs/2305.18290, eq. 7). With one β a pair it is CogPO, which pulls the
+    harder the wider a pair's cognitive gap is. With each ratio divided by the tokens of its completion it is the
+    length-normalised DPO of Tülu 3 (https://arxiv.org/abs/2411.15124; TRL's `sigmoid_norm`): a long chain does not
+    outweigh a short one. A ratio a token is small, so β is larger there (5 in Tülu 3).
 
     Args:
-      logprob, reference: log-probabilities of the completions, nats; the reference is a constant.
+      ratio: of each sequence, nats.
       beta: β > 0, at the chosen sequence's column.
-      lengths: trained tokens of each sequence.
 
     Returns:
       The weighted sum, and the metrics `loss`, `accuracy` (a tie is wrong), `margin`, `reward_chosen` and
-      `reward_rejected` (β · log-ratio), `logprob_chosen` and `logprob_rejected`.
+      `reward_rejected` (β · ratio).
     """
-    ratio = logprob - jax.lax.stop_gradient(reference)
-    if lengths is not None:
-        ratio = ratio / jnp.maximum(lengths, 1)
     chosen, rejected = pairs.split(ratio)
     beta = jnp.where(pairs.present, jax.lax.stop_gradient(beta), 0)
     loss = -jax.nn.log_sigmoid(beta * (chosen - rejected))
-    total = jnp.sum(pairs.weight * loss)
-    logprob_chosen, logprob_rejected = pairs.split(logprob)
     values = {
         "loss": loss,
         "accuracy": (chosen > rejected).astype(jnp.float32),
         "margin": beta * (chosen - rejected),
         "reward_chosen": beta * chosen,
         "reward_rejected": beta * rejected,
-        "logprob_chosen": logprob_chosen,
-        "logprob_rejected": logprob_rejected,
     }
-    return total, jax.lax.stop_gradient({name: mean_over_pairs(x, pairs) for name, x in values.items()})
+    metrics = {name: mean_over_pairs(x, pairs) for name, x in values.items()}
+    return jnp.sum(pairs.weight * loss), jax.lax.stop_gradient(metrics)

@@ -1,7 +1,8 @@
 """Sums over the sequences of packed rows, and the weights that make a weighted sum of tokens the wanted mean.
 
-A loss is `Σ token_weight · ℓ`; the reduction lives in `token_weight` alone. `weigh_tokens` computes it on the host, once,
-over the global batch, so neither micro-batches nor packing nor the mesh can change it. With m = 1 on trained tokens::
+A loss is `Σ token_weight · ℓ`; the reduction lives in `token_weight` alone. `weigh_tokens` computes it on the host,
+once, over the global batch, so neither micro-batches nor packing nor the mesh can change it. With m = 1 on
+trained tokens::
 
     token_mean     m / N                 N = Σ m over the global batch         SFT; dapo, bnpo, cispo
     sequence_mean  m / (n_s · B)         n_s = Σ m of the sequence, B sequences     grpo, sapo
@@ -81,7 +82,7 @@ def weigh_tokens(
             weight = mask / (_lengths_on_tokens(mask, np.asarray(batch.sequence_index)) * sequences)
         case "fixed_length":
             if length is None or length < 1:
-                raise ValueError(f"fixed_length divides by the longest completion allowed; expected length >= 1, got {length}")
+                raise ValueError(f"fixed_length divides by the longest completion; expected length >= 1, got {length}")
             weight = mask / (length * sequences)
         case "sum":
             weight = mask

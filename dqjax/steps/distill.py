@@ -18,7 +18,7 @@ Tail = Literal["bucket", "renormalise"]
 
 
 class DistillConfig(Section):
-    """objective: white-box distillation. Forward and reverse KL are the toolkit's [E]; the other forms and defaults [D].
+    """objective: white-box distillation. The forms are GKD's and Hinton's; which of them is the default is ours [D].
 
     loss: `forward_kl` KL(T‖S); `reverse_kl` KL(S‖T); `jsd`, TRL's generalised Jensen-Shannon divergence by `beta`;
       `hinton` alpha · T² · KL(T‖S) + (1 − alpha) · cross-entropy, T the temperature.
@@ -80,8 +80,8 @@ def make_distill_loss(
 ) -> Loss:
     """Σ token_weight · Σ_i w_i D_β(teacher i, student), D as in `losses.distillation`.
 
-    With `hinton` = α it is α · T² · that + (1 − α) · cross-entropy (https://arxiv.org/abs/1503.02531, section 2), another
-    objective: T² keeps the first term's gradient of one size whatever T is.
+    With `hinton` = α it is α · T² · that + (1 − α) · cross-entropy (https://arxiv.org/abs/1503.02531, section 2),
+    another objective: T² keeps the first term's gradient of one size whatever T is.
 
     `frozen["teachers"]` holds the parameters of the teachers that are models, in order. Metrics: `loss`, the mixed
     divergence a token; `divergence_<i>` where there are several teachers; `cross_entropy` with `hinton`.
@@ -92,10 +92,11 @@ def make_distill_loss(
       vocab: tokens that student and teachers share.
 
     Raises:
-      ValueError: not one weight a teacher.
+      ValueError: not one weight a teacher; when called, not one set of parameters for each teacher that is a model.
     """
+    online = sum(not isinstance(teacher, CachedTeacher) for teacher in teachers)
     if not teachers or len(weights) != len(teachers):
-        raise ValueError(f"distill: expected one weight for each of {len(teachers)} teachers (at least 1), got {len(weights)}")
+        raise ValueError(f"distill: expected one weight for each of {len(teachers)} teachers, got {len(weights)}")
     scale = 1.0 if hinton is None else hinton * temperature**2
 
     def loss(params: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
@@ -103,7 +104,7 @@ def make_distill_loss(
         student = hidden, model.output_table(params)
         options = {"beta": beta, "temperature": temperature, "vocab": vocab}
         trained = jnp.sum((batch.token_weight != 0).astype(jnp.float32))
-        parameters = iter(frozen["teachers"] if frozen else ())
+        parameters = iter(_parameters_of_teachers(frozen, online))
         total, mixed, metrics = jnp.zeros(()), jnp.zeros(()), {}
         for i, (teacher, share) in enumerate(zip(teachers, weights)):
             if isinstance(teacher, CachedTeacher):
@@ -129,3 +130,10 @@ def make_distill_loss(
         return total, metrics
 
     return loss
+
+
+def _parameters_of_teachers(frozen: Any, count: int) -> Sequence[Params]:
+    given = frozen["teachers"] if count and frozen else ()
+    if len(given) != count:
+        raise ValueError(f"distill: {count} teachers are models, frozen['teachers'] holds parameters for {len(given)}")
+    return given

@@ -16,9 +16,9 @@ from dqjax.types import Batch, LanguageModel, Loss, Metrics, Params
 
 
 class GRPOConfig(Section):
-    """objective: GRPO. The paper names GRPO [P] and not its variant; defaults are TRL 1.16's, taken over as ours [D].
+    """objective: GRPO. The paper names GRPO [P], not its variant; defaults are TRL 1.16's, taken over as ours [D].
 
-    loss: surrogate and reduction. `grpo` mean of sequence means; `bnpo` and `dapo` mean over tokens of the global batch;
+    loss: surrogate and reduction. `grpo` mean of sequence means; `bnpo`, `dapo` mean over tokens of the global batch;
       `dr_grpo` divided by the longest completion allowed; `cispo`; `sapo`.
     ratio: importance ratio of each `token`, or of the `sequence` (GSPO).
     clip_low, clip_high: ε; 0.2. DAPO's clip-higher is 0.28.
@@ -55,7 +55,8 @@ class GRPOConfig(Section):
     @model_validator(mode="after")
     def _bounds_in_order(self):
         if self.ratio_limit is not None and self.ratio_limit <= 1 + self.clip_high:
-            raise ValueError(f"ratio_limit: expected more than 1 + clip_high = {1 + self.clip_high:g}, got {self.ratio_limit:g}")
+            most = 1 + self.clip_high
+            raise ValueError(f"ratio_limit: expected more than 1 + clip_high = {most:g}, got {self.ratio_limit:g}")
         low, high = self.correction_low, self.correction_high
         if low is not None and high is not None and low >= high:
             raise ValueError(f"correction_low: {low:g} must lie under correction_high: {high:g}")
@@ -107,7 +108,7 @@ def make_grpo_loss(
 ) -> Loss:
     """The policy-gradient loss of a packed batch of samples.
 
-    The batch needs `side["advantage"]` `[B, S]`, token weights by `weigh_samples`, and by place of the target, `[B, T]`:
+    The batch needs `side["advantage"]` `[B, S]`, token weights by `weigh_samples`, and by the target's place, `[B, T]`:
     `old_logprobs` when the policy has moved since it sampled (several updates a rollout), `sample_logprobs` to measure
     or correct the sampler, `reference_logprobs` or else `frozen["reference"]` where the KL counts.
 

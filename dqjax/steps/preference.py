@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from pydantic import Field
 
 from dqjax.config import Section
-from dqjax.losses.bradley_terry import mean_by_group
+from dqjax.losses.bradley_terry import mean_by_group, mean_over_pairs
 from dqjax.losses.logprob import token_logprobs
 from dqjax.losses.pairs import pairs_of
 from dqjax.losses.preference import preference_loss, sequence_logprobs
@@ -50,7 +50,8 @@ def make_preference_loss(
 
     The batch needs the side arrays of `losses.pairs` (weights by `weigh_pairs`), `beta` `[B, S]` where β is None, and
     `reference_logprob` `[B, S]` where the reference is cached. `token_weight` is not 0 on the completions' tokens; its
-    size plays no part.
+    size plays no part. Metrics: those of `preference_loss`, `logprob_chosen` and `logprob_rejected` of whole
+    completions, `accuracy_by_<name>` of groups.
 
     Args:
       beta: β of DPO; None is CogPO.
@@ -61,21 +62,19 @@ def make_preference_loss(
     logprobs = make_sequence_logprobs(model, rules, vocab=vocab)
 
     def loss(params: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
-        pairs = pairs_of(batch)
-        policy = logprobs(params, batch)
+        pairs, policy = pairs_of(batch), logprobs(params, batch)
         fixed = batch.side["reference_logprob"] if reference == "cached" else logprobs(frozen["reference"], batch)
-        lengths = None
+        ratio = policy - jax.lax.stop_gradient(fixed)
         if length_normalised:
             trained = (batch.token_weight != 0).astype(jnp.float32)
-            lengths = sequence_sums(trained, batch.sequence_index, policy.shape[1])
-        total, metrics = preference_loss(
-            policy, fixed, pairs, batch.side["beta"] if beta is None else beta, lengths=lengths
-        )
-        chosen, rejected = pairs.split(jax.lax.stop_gradient(policy - fixed))
-        if lengths is not None:
-            chosen, rejected = pairs.split(jax.lax.stop_gradient((policy - fixed) / jnp.maximum(lengths, 1)))
+            ratio = ratio / jnp.maximum(sequence_sums(trained, batch.sequence_index, policy.shape[1]), 1)
+        total, metrics = preference_loss(ratio, pairs, batch.side["beta"] if beta is None else beta)
+        policy, ratio = jax.lax.stop_gradient((policy, ratio))
+        for name, x in zip(("logprob_chosen", "logprob_rejected"), pairs.split(policy)):
+            metrics[name] = mean_over_pairs(x, pairs)
+        chosen, rejected = pairs.split(ratio)
+        right = (chosen > rejected).astype(jnp.float32)
         for name, size in (groups or {}).items():
-            right = (chosen > rejected).astype(jnp.float32)
             metrics[f"accuracy_by_{name}"] = mean_by_group(right, batch.side[name], size, pairs)
         return total, metrics
 

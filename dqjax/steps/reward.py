@@ -17,12 +17,12 @@ from dqjax.types import Batch, LanguageModel, Loss, Metrics, Params
 
 
 class RewardConfig(Section):
-    """objective: Bradley-Terry reward training. The loss is the paper family's and TRL's [E]; defaults are [D] where not said.
+    """objective: Bradley-Terry reward training, the loss of the paper family's reward models [P].
 
-    centering: c of c · mean((r_c + r_r)²), which keeps scores near 0; 0 as in the toolkit [E].
-    margin: read the pairs' `margin` column: a preferred answer must win by that much.
-    length_edges: tokens; borders of the classes of (chosen − rejected) length for `accuracy_by_length`, a check that the
-      model does not simply prefer long answers.
+    centering: c of c · mean((r_c + r_r)²), which keeps scores near 0; off [D].
+    margin: read the pairs' `margin` column: a preferred answer must win by that much; off [D].
+    length_edges: tokens; borders of the classes of (chosen − rejected) length for `accuracy_by_length`, a check that
+      the model does not simply prefer long answers [D].
     """
 
     kind: Literal["reward"] = "reward"

@@ -5,7 +5,6 @@ The head has 20 rows, ten for each name of `LABELS` in turn.
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -14,7 +13,7 @@ from pydantic import Field
 from dqjax.config import Section
 from dqjax.losses.ordinal import expected_level, ordinal_loss, quadratic_weighted_kappa
 from dqjax.losses.scores import sequence_scores
-from dqjax.types import Batch, LanguageModel, Loss, Metrics, Params
+from dqjax.types import Batch, LanguageModel, Loss, Mean, Metrics, Params
 
 LABELS = ("verbosity", "difficulty")
 LEVELS = 10
@@ -34,8 +33,8 @@ def make_scorer_loss(model: LanguageModel, *, smoothing: float = 0.5) -> Loss:
     """The sum over both labels of their mean soft-label cross-entropy, in nats.
 
     The batch needs the side arrays `verbosity`, `difficulty` and their weights (`losses.ordinal.weigh_labels`);
-    `token_weight` plays no part. Metrics: those of `ordinal_loss`, named `<metric>_<label>`; the confusions are matrices
-    that `summarise` turns into numbers.
+    `token_weight` plays no part. Metrics: those of `ordinal_loss`, named `<metric>_<label>`, and `loss`, the mean
+    over all labels; the confusions are matrices that `summarise` turns into numbers.
 
     Args:
       model: its `output_table` has 20 rows (`models.heads.Classifier(decoder, labels=20)`).
@@ -51,6 +50,7 @@ def make_scorer_loss(model: LanguageModel, *, smoothing: float = 0.5) -> Loss:
             part, seen = ordinal_loss(logits[name], labels, batch.side[f"{name}_weight"], smoothing=smoothing)
             total += part
             metrics |= {f"{metric}_{name}": value for metric, value in seen.items()}
+        metrics["loss"] = Mean(*(sum(parts) for parts in zip(*(metrics[f"loss_{name}"] for name in LABELS))))
         return total, metrics
 
     return loss
@@ -63,7 +63,8 @@ def split_labels(logits: Float[Array, "B S C"]) -> dict[str, Float[Array, "B S L
       ValueError: the head has not ten rows a label.
     """
     if logits.shape[-1] != LEVELS * len(LABELS):
-        raise ValueError(f"a scorer's head has {LEVELS * len(LABELS)} rows, ten for each of {LABELS}; got {logits.shape[-1]}")
+        rows = LEVELS * len(LABELS)
+        raise ValueError(f"a scorer's head has {rows} rows, ten for each of {LABELS}; got {logits.shape[-1]}")
     return dict(zip(LABELS, jnp.split(logits, len(LABELS), axis=-1)))
 
 
@@ -74,5 +75,5 @@ def expected_levels(logits: Float[Array, "B S C"]) -> dict[str, Float[Array, "B 
 
 def summarise(metrics: Metrics) -> dict[str, float]:
     """Numbers that only whole sums give: each label's quadratic weighted kappa. On the host, once steps are merged."""
-    confusions = {name: jax.device_get(metrics[f"confusion_{name}"].total) for name in LABELS if f"confusion_{name}" in metrics}
-    return {f"kappa_{name}": quadratic_weighted_kappa(np.asarray(c)) for name, c in confusions.items()}
+    seen = {name: metrics[f"confusion_{name}"] for name in LABELS if f"confusion_{name}" in metrics}
+    return {f"kappa_{name}": quadratic_weighted_kappa(np.asarray(m.total)) for name, m in seen.items()}

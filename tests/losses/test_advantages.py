@@ -68,6 +68,7 @@ def test_ungraded_samples():
 
 def test_uninformative_groups():
     nan = np.nan
-    rewards = np.array([[1, 1, 1], [1, 0, 1], [nan, nan, 1], [nan, 1, 1], [nan, 0, 1], [nan, nan, nan], [1, 1 + 1e-9, 1]])
+    rewards = [[1, 1, 1], [1, 0, 1], [nan, nan, 1], [nan, 1, 1], [nan, 0, 1], [nan, nan, nan], [1, 1 + 1e-9, 1]]
+    rewards = np.array(rewards)
     np.testing.assert_array_equal(uninformative_groups(rewards), [True, False, True, True, False, True, True])
     assert not group_advantages(rewards, scale="none")[[0, 2, 3, 5]].any()

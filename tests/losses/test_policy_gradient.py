@@ -17,7 +17,8 @@ def one_sequence(n: int, advantage: float, weight: float = 1.0) -> Batch:
     real = (row < n).astype(np.int32)[None]
     weights = jnp.asarray(real * weight, jnp.float32)
     index = jnp.asarray(1 - real)
-    return Batch(index, index, jnp.asarray(real), index, weights, index, {"advantage": jnp.array([[advantage]], jnp.float32)})
+    side = {"advantage": jnp.array([[advantage]], jnp.float32)}
+    return Batch(index, index, jnp.asarray(real), index, weights, index, side)
 
 
 def evaluate(ratios, advantage, options, *, at=-1.0, sampled=None, reference=None, weight=1.0):

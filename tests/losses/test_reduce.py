@@ -46,7 +46,9 @@ def test_weights_are_the_means_of_their_names(rows):
     """Against the definition, sequence by sequence."""
     batch = make_batch(rows)
     value = np.random.default_rng(0).normal(size=batch.tokens.shape)
-    parts = [value[r][(batch.sequence_index[r] == s) & (batch.token_weight[r] > 0)] for r, row in enumerate(rows) for s in range(len(row))]
+    trained = batch.token_weight > 0
+    places = [(r, trained[r] & (batch.sequence_index[r] == s)) for r, row in enumerate(rows) for s in range(len(row))]
+    parts = [value[r][here] for r, here in places]
     tokens, sequences = sum(map(len, parts)), max(len(parts), 1)
     want = {
         "token_mean": sum(p.sum() for p in parts) / max(tokens, 1),

@@ -142,7 +142,8 @@ def test_a_teacher_of_its_own_shape():
     cut = {**teacher, "table": teacher["table"][: tiny.VOCAB]}
     same = make_distill_loss(model, tiny.one_device(), [model])
     np.testing.assert_allclose(value, tiny.value_and_grad(same, params, batch, {"teachers": (cut,)})[1], rtol=1e-5)
-    grads = jax.grad(lambda frozen: loss(params, frozen, tiny.on_device(batch), jax.random.key(0))[0])({"teachers": (teacher,)})
+    of_teacher = jax.grad(lambda frozen: loss(params, frozen, tiny.on_device(batch), jax.random.key(0))[0])
+    grads = of_teacher({"teachers": (teacher,)})
     assert all(not g.any() for g in jax.tree.leaves(grads))
 
 
@@ -156,3 +157,9 @@ def test_config():
         DistillConfig(loss="reverse_kl", teacher="cache", tail="renormalise")
     with pytest.raises(ValueError, match="one weight for each of 2 teachers"):
         make_distill_loss(tiny.Bigram(), tiny.one_device(), [CachedTeacher(), CachedTeacher()])
+
+
+def test_teachers_without_parameters_are_refused():
+    loss = make_distill_loss(tiny.Bigram(), tiny.one_device(), [tiny.Bigram()])
+    with pytest.raises(ValueError, match="1 teachers are models, frozen..teachers.. holds parameters for 0"):
+        loss(tiny.Bigram().init(1), None, tiny.on_device(make_batch()[1]), jax.random.key(0))

@@ -65,7 +65,8 @@ def trl_loss(samples, params, config: GRPOConfig, truncated=()):
     width = max(len(ids) - prompt for ids, prompt, *_ in samples)
 
     def padded(rows, dtype=torch.float32):
-        return torch.stack([torch.nn.functional.pad(torch.as_tensor(r, dtype=dtype), (0, width - len(r))) for r in rows])
+        rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
+        return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
 
     def logps(self, model, input_ids, attention_mask, logits_to_keep, **_):
         both = [tiny.torch_logprobs(leaves, ids, TEMPERATURE) for ids, *_ in samples]

@@ -1,6 +1,5 @@
 """Every objective, through the real training step, learns what it says it teaches; and none holds logits."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -23,7 +22,7 @@ from dqjax.steps.reward import make_reward_loss
 from dqjax.steps.scorer import LABELS, LEVELS, make_scorer_loss
 from dqjax.steps.state import init_state, state_shardings
 from dqjax.steps.update import make_step
-from dqjax.types import Batch, Loss
+from dqjax.types import Batch, Loss, Mean
 from tests.steps import tiny
 
 GOOD = 7  # the token that good answers are made of
@@ -49,7 +48,8 @@ def train(loss: Loss, params, batches: Callable[[int], Batch], steps: int, froze
     for n in range(steps):
         state, metrics = step(state, frozen, tiny.on_device(batches(n)))
         assert metrics["skipped"].total == 0
-    return state.params, {k: float(m.total / m.count) for k, m in metrics.items() if hasattr(m, "total") and m.total.ndim == 0}
+    means = {name: m for name, m in metrics.items() if isinstance(m, Mean) and m.total.ndim == 0}
+    return state.params, {name: float(m.total / m.count) for name, m in means.items()}
 
 
 def pairs(n: int, reference=None) -> Batch:

@@ -13,9 +13,8 @@ ROWS = LEVELS * len(LABELS)
 
 def make_batch(labels, seed=0):
     made = tiny.sequences(seed, len(labels))
-    items = [
-        [tiny.tokens_of(ids, 0, {"verbosity": v, "difficulty": d})] for (ids, _), (v, d) in zip(made, labels, strict=True)
-    ]
+    values = [dict(zip(LABELS, pair)) for pair in labels]
+    items = [[tiny.tokens_of(ids, 0, value)] for (ids, _), value in zip(made, values, strict=True)]
     return made, weigh_labels(tiny.pack(items), LABELS, classes=LEVELS)
 
 

@@ -17,7 +17,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # tests compile far more than the
 
 
 class Bigram:
-    """hidden = tanh(embed[token] + place[position]); logits = hidden · tableᵀ. Has no memory, so torch needs no mask."""
+    """hidden = tanh(embed[token] + place[position]); logits = hidden · tableᵀ. No memory, so torch needs no mask."""
 
     def __init__(self, rows: int = VOCAB):
         self.rows = rows
