@@ -6,6 +6,7 @@ Outside `shard_map`, and inside one with `check_vma=False`, nothing varies and e
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -22,3 +23,11 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(widen, tree)
+
+
+def typed_shape(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
+    """The shape of a Pallas kernel's output, varying over `axes` as `shard_map` asks."""
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    sample = jax.eval_shape(lambda: lax.pcast(jnp.zeros(()), tuple(sorted(axes)), to="varying"))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=sample.manual_axis_type)

@@ -11,13 +11,14 @@ from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
 from dqjax.kernels.attention.plan import Plan, build_plan
 from dqjax.kernels.attention.reference import reference_attention
 from dqjax.kernels.attention.shapes import check_shapes, check_variant, complete_tokens
+from dqjax.kernels.attention.tpu_backward import TPU
 from dqjax.kernels.attention.vjp import Kernel, attend
 from dqjax.kernels.attention.xla import XLA
 from dqjax.kernels.varying import vary, varying_axes
 
 log = logging.getLogger(__name__)
 
-KERNELS: dict[str, Kernel] = {"xla": XLA}
+KERNELS: dict[str, Kernel] = {"tpu": TPU, "xla": XLA}
 BACKENDS = ("reference", *KERNELS)
 
 __all__ = ["BACKENDS", "MASKED", "Plan", "attention", "make_plan"]
@@ -55,7 +56,7 @@ def attention(
         is that of the row, and blocks are skipped more tightly than with positions that restart.
       causal, window, softcap: see `mask.Variant`.
       scale: None is 1/√H.
-      backend: "reference", "xla"; None takes the best for the device.
+      backend: "tpu" (Pallas), "xla" (blockwise), "reference" (naive); None takes "tpu" on TPU, else "xla".
       plan: `make_plan` of the same tokens and mask; None makes one here.
       return_lse: also return lse, which is differentiable.
 
@@ -80,7 +81,11 @@ def attention(
     if backend == "reference":
         out, lse = reference_attention(q, k, v, tokens, variant)
     elif backend in KERNELS:
-        plan = _plan(tokens, causal, window, None) if plan is None else _checked(plan, T, S, causal, window)
+        in_order = q_positions is None and kv_positions is None
+        if plan is None:
+            plan = _plan(tokens, causal, window, default_blocks(backend, T, S), in_order)
+        else:
+            _check_plan(plan, T, S, causal, window)
         arrays = q, k, v, tokens, plan
         out, lse = attend(KERNELS[backend], variant, *vary(arrays, varying_axes(arrays)))
     else:
@@ -100,12 +105,14 @@ def make_plan(
     causal: bool = True,
     window: int | None = None,
     blocks: tuple[int, int] | None = None,
+    backend: str | None = None,
 ) -> Plan:
     """The block ranges of a batch: make it once a step and pass it to `attention` in every layer.
 
     Args:
       q_segment_ids, kv_segment_ids, q_positions, kv_positions, causal, window: as `attention` will get them.
-      blocks: tokens in a block of queries and in one of keys; None leaves the choice to the lengths.
+      blocks: tokens in a block of queries and in one of keys; None leaves the choice to backend and lengths.
+      backend: the one that will get the plan; None is that of `attention`.
 
     Returns:
       A pytree whose arrays lead with B, for forward and backward alike; shard it like the batch.
@@ -117,24 +124,37 @@ def make_plan(
     B, T = q_segment_ids.shape
     S = T if kv_segment_ids is None else kv_segment_ids.shape[1]
     tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
-    return _plan(tokens, causal, window, blocks)
+    if blocks is None:
+        blocks = default_blocks(_default_backend(jax.default_backend()) if backend is None else backend, T, S)
+    return _plan(tokens, causal, window, blocks, q_positions is None and kv_positions is None)
 
 
-def _plan(tokens: Tokens, causal: bool, window: int | None, blocks: tuple[int, int] | None) -> Plan:
-    lengths = tokens.q_segment_ids.shape[1], tokens.kv_segment_ids.shape[1]
-    block_q, block_kv = blocks or (min(512, length) for length in lengths)
-    return build_plan(tokens, causal=causal, window=window, block_q=block_q, block_kv=block_kv)
+def default_blocks(backend: str, length_q: int, length_kv: int) -> tuple[int, int]:
+    """Tokens in a block of queries and in one of keys.
+
+    TPU tiles are multiples of 128 lanes. In plain XLA a block is a matrix product of its own: on CPU 128 was the fastest
+    of 64 … 512 once documents are longer than a block, and skips most of what is not needed.
+    """
+    if backend == "tpu":
+        return tuple(min(512, -(-length // 128) * 128) for length in (length_q, length_kv))
+    most = 128 if jax.default_backend() == "cpu" else 512
+    return min(most, length_q), min(most, length_kv)
 
 
-def _checked(plan: Plan, length_q: int, length_kv: int, causal: bool, window: int | None) -> Plan:
-    """`plan`, or ValueError where it was made for another mask: it would skip blocks that are visible here."""
+def _plan(tokens: Tokens, causal: bool, window: int | None, blocks: tuple[int, int], in_order: bool) -> Plan:
+    return build_plan(
+        tokens, causal=causal, window=window, block_q=blocks[0], block_kv=blocks[1], in_order=causal and in_order
+    )
+
+
+def _check_plan(plan: Plan, length_q: int, length_kv: int, causal: bool, window: int | None) -> None:
+    """Raises ValueError where the plan was made for another mask: it would skip blocks that are visible here."""
     made_for = plan.length_q, plan.length_kv, plan.causal, plan.window
     if made_for != (length_q, length_kv, causal, window):
         raise ValueError(
             "attention: the plan was made for (T, S, causal, window) = "
             f"{made_for}, the call has {(length_q, length_kv, causal, window)}; make one for this mask"
         )
-    return plan
 
 
 def _zero_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -143,6 +163,6 @@ def _zero_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 @functools.cache
 def _default_backend(platform: str) -> str:
-    backend = "xla"
+    backend = "tpu" if platform == "tpu" else "xla"
     log.info("attention: backend %r on %s", backend, platform)
     return backend

@@ -7,11 +7,12 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.decode_attention.reference import reference_decode_attention
+from dqjax.kernels.decode_attention.tpu import tpu_decode_attention
 from dqjax.kernels.decode_attention.xla import xla_decode_attention
 
 log = logging.getLogger(__name__)
 
-BACKENDS = {"reference": reference_decode_attention, "xla": xla_decode_attention}
+BACKENDS = {"reference": reference_decode_attention, "tpu": tpu_decode_attention, "xla": xla_decode_attention}
 
 
 def decode_attention(
@@ -40,7 +41,7 @@ def decode_attention(
       scale: None is 1/√H.
       softcap: logits become softcap · tanh(logits / softcap).
       window: number of latest keys that are seen; None is all.
-      backend: "reference", "xla"; None takes the best for the device.
+      backend: "tpu" (Pallas; S a multiple of 16), "xla", "reference"; None takes "tpu" on TPU, else "xla".
 
     Returns:
       The output in q's dtype. Not meant to be differentiated.
@@ -68,6 +69,6 @@ def decode_attention(
 
 @functools.cache
 def _default_backend(platform: str) -> str:
-    backend = "xla"
+    backend = "tpu" if platform == "tpu" else "xla"
     log.info("decode_attention: backend %r on %s", backend, platform)
     return backend

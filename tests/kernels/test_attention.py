@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dqjax.kernels.attention import api
 from dqjax.kernels.attention.api import MASKED, attention, make_plan
 from dqjax.kernels.attention.mask import Tokens, visible
 
-BACKENDS = ["reference", "xla"]
+BACKENDS = ["reference", "xla", "tpu"]
 SLACK = {"bfloat16": 2.0**-10, "float32": 2.0**-19}
 
 
@@ -139,8 +140,8 @@ def graded(backend, blocks, options):
 
 
 def interpreted(backend):
-    """The context in which a backend runs on this machine."""
-    return contextlib.nullcontext()
+    """The context in which a backend runs without its device."""
+    return pltpu.force_tpu_interpret_mode() if backend == "tpu" else contextlib.nullcontext()
 
 
 def check(backend, q, k, v, segments, positions, *, blocks=None, seed=0, slack=None, **options):
@@ -195,11 +196,17 @@ def along(*shapes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"window": 40}, {"causal": False}, {"causal": False, "window": 9, "softcap": 3.0}, {"softcap": 2.0, "scale": 0.3}],
-    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "causal",
+    "dtype, options",
+    [
+        ("float32", {}),
+        ("bfloat16", {}),
+        ("bfloat16", {"window": 40}),
+        ("float32", {"causal": False}),
+        ("float32", {"causal": False, "window": 9, "softcap": 3.0}),
+        ("bfloat16", {"softcap": 2.0, "scale": 0.3}),
+    ],
+    ids=str,
 )
 def test_packed_rows(backend, dtype, options):
     rng = np.random.default_rng(0)
@@ -210,17 +217,17 @@ def test_packed_rows(backend, dtype, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("N, K", [(1, 1), (4, 4), (7, 1), (14, 2), (8, 1)])
+@pytest.mark.parametrize("N, K", [(3, 3), (7, 1), (14, 2), (8, 1)])
 def test_grouped_heads(backend, N, K):
     rng = np.random.default_rng(1)
     segments = pack(rng, 1, 160, 3, 10)
     check(backend, *draw(rng, 1, 160, N, K, 32), (segments,) * 2, along((1, 160)) * 2, blocks=(128, 128))
 
 
-@hypothesis.settings(max_examples=12, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=8, derandomize=True, deadline=None, database=None)
 @hypothesis.given(
     seed=st.integers(0, 2**31),
-    shape=st.sampled_from([(1, (2, 1), (128, 128)), (257, (3, 3), (256, 128)), (300, (6, 2), (128, 256))]),
+    shape=st.sampled_from([(257, (2, 1), (256, 128)), (300, (6, 2), (128, 256))]),
     documents=st.integers(1, 300),
     empty=st.integers(0, 300),
 )
@@ -285,14 +292,13 @@ def test_no_backend_ignores_segment_ids(backend):
     q, k, v = draw(rng, 1, 256, 2, 1, 32)
     segments = jnp.asarray(np.repeat(np.int32([[1, 2]]), 128, axis=1))
     changed_k, changed_v = (x.at[:, :128].set(9) for x in (k, v))
+    attend = jax.jit(lambda q, k, v, segments: attention(q, k, v, q_segment_ids=segments, backend=backend))
     with interpreted(backend):
-        packed = attention(q, k, v, q_segment_ids=segments, backend=backend)
-        one_mask = attention(q, k, v, q_segment_ids=jnp.ones_like(segments), backend=backend)
-        alone = [
-            attention(q[:, s], k[:, s], v[:, s], q_segment_ids=None, backend=backend)
-            for s in (slice(0, 128), slice(128, 256))
-        ]
-        changed = attention(q, changed_k, changed_v, q_segment_ids=segments, backend=backend)
+        packed = attend(q, k, v, segments)
+        one_mask = attend(q, k, v, jnp.ones_like(segments))
+        halves = [(x[:, :128], x[:, 128:]) for x in (q, k, v, jnp.ones_like(segments))]
+        alone = [attend(*half) for half in zip(*halves)]
+        changed = attend(q, changed_k, changed_v, segments)
     np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=1e-5)
     assert jnp.abs(packed - one_mask)[:, 128:].max() > 0.1
     np.testing.assert_array_equal(packed[:, 128:], changed[:, 128:])
@@ -407,10 +413,11 @@ def test_saved_outputs_spare_the_second_forward(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("check_vma, kv_heads", [(True, 2), (True, 1), (False, 1)])
 def test_shard_map_over_batch_and_heads(backend, check_vma, kv_heads):
     """Batch over data, heads over tensor (a single key-value head is replicated): the result of one device."""
+    if backend == "tpu" and check_vma:
+        pytest.skip("the TPU interpreter knows no varying axes; test_tpu_compile.py compiles this case")
     rng = np.random.default_rng(13)
     q, k, v = draw(rng, 4, 160, 4, kv_heads, 16)
     segments = pack(rng, 4, 160, 3, 10)

@@ -1,0 +1,136 @@
+"""Decode attention on TPU: one Pallas kernel that streams the cache through, in its own layout.
+
+The grid is (sequence, block of slots). Lengths are read from scalar memory before a step begins; blocks past a sequence's
+length, or before its window, are neither fetched nor computed. A block [slots, K, H] is seen as a matrix [slots · K, H]
+(no data moves), and all query heads share one product with it; of the logits, each head keeps its own columns::
+
+    slot              0     1     2
+    kv head         0   1 0   1 0   1
+    query head 0    #   . #   . #   .
+    query head 1    .   # .   # .   #
+
+That is K times the arithmetic and still less than the fetch: decoding waits for memory.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from dqjax.kernels.varying import typed_shape, varying_axes
+
+BLOCK_BYTES = 2**20
+"""Of keys fetched at once; as many of values, and each twice, for the fetch ahead."""
+LEAST_SLOTS = 16
+MASKED = -1e30
+
+
+def tpu_decode_attention(
+    q: Float[Array, "B N H"],
+    k_cache: Float[Array, "B S K H"],
+    v_cache: Float[Array, "B S K H"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Float[Array, "B N H"]:
+    """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite."""
+    B, N, H = q.shape
+    S, K = k_cache.shape[1:3]
+    slots = _slots_in_block(S, K * H * k_cache.dtype.itemsize)
+    lengths = lengths.astype(jnp.int32)
+    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0) // slots
+    blocks = jnp.maximum(-(-lengths // slots) - first, 1)  # one idle step for an empty sequence, to write its zeros
+
+    def cache_index(b, s, lengths, first, blocks):
+        return b, first[b] + jnp.minimum(s, blocks[b] - 1), 0, 0
+
+    def query_index(b, s, *_):
+        return b, 0, 0
+
+    kernel = functools.partial(_kernel, slots, K, scale, softcap, window)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(B, jnp.max(blocks)),
+            in_specs=[
+                pl.BlockSpec((1, N, H), query_index),
+                pl.BlockSpec((1, slots, K, H), cache_index),
+                pl.BlockSpec((1, slots, K, H), cache_index),
+            ],
+            out_specs=pl.BlockSpec((1, N, H), query_index),
+            scratch_shapes=[
+                pltpu.VMEM((N, 1), jnp.float32),
+                pltpu.VMEM((N, 1), jnp.float32),
+                pltpu.VMEM((N, H), jnp.float32),
+            ],
+        ),
+        out_shape=typed_shape((B, N, H), q.dtype, varying_axes((q, k_cache, v_cache, lengths))),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * B * N * S * K * H,
+            transcendentals=B * N * S * K,
+            bytes_accessed=2 * k_cache.size * k_cache.dtype.itemsize + 2 * q.size * q.dtype.itemsize,
+        ),
+        name="decode_attention",
+    )(lengths, first, blocks, q, k_cache, v_cache)
+
+
+def _kernel(slots, heads, scale, softcap, window, lengths, first, blocks, q, k, v, out, peak, total, acc):
+    b, s = pl.program_id(0), pl.program_id(1)
+    length = lengths[b]
+
+    @pl.when(s == 0)
+    def _():
+        peak[...] = jnp.full_like(peak, MASKED)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when((s < blocks[b]) & (length > 0))
+    def _():
+        N, H = acc.shape
+        logits = scale * _product(q[0], k[0].reshape(slots * heads, H), "NH,CH->NC")
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        row = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+        column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        # div and rem of non-negative numbers: // and % would also ask for signs.
+        slot = (first[b] + s) * slots + lax.div(column, jnp.int32(heads))
+        see = (lax.rem(column, jnp.int32(heads)) == lax.div(row, jnp.int32(N // heads))) & (slot < length)
+        if window is not None:
+            see &= slot >= length - window
+        logits = jnp.where(see, logits, MASKED)
+        new_peak = jnp.maximum(peak[...], jnp.max(logits, axis=1, keepdims=True))
+        weights = jnp.where(see, jnp.exp(logits - new_peak), 0)
+        shrink = jnp.exp(peak[...] - new_peak)
+        total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        acc[...] = acc[...] * shrink + _product(weights.astype(v.dtype), v[0].reshape(slots * heads, H), "NC,CH->NH")
+        peak[...] = new_peak
+
+    @pl.when(s == pl.num_programs(1) - 1)
+    def _():
+        out[0] = (acc[...] / jnp.where(total[...] > 0, total[...], 1)).astype(out.dtype)
+
+
+def _product(a: Any, b: Any, letters: str) -> Any:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _slots_in_block(capacity: int, bytes_per_slot: int) -> int:
+    """The largest power of two that divides the cache and fits `BLOCK_BYTES`."""
+    slots = capacity & -capacity
+    while slots * bytes_per_slot > BLOCK_BYTES and slots > LEAST_SLOTS:
+        slots //= 2
+    if slots < LEAST_SLOTS:
+        raise NotImplementedError(
+            f"decode_attention: backend 'tpu' needs a cache of whole blocks of {LEAST_SLOTS} slots, got {capacity}"
+        )
+    return slots
