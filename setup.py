@@ -27,6 +27,7 @@ REQUIRES = [
     "tensorboardX",
     "math-verify",
     "openai",
+    "aiohttp",
     "tenacity",
 ]
 
@@ -59,7 +60,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dqjax", "dqjax.*"]) + KERNELS,
     package_dir={"dqjax": "dqjax", "dqjax.kernels": "kernels"},
-    package_data={"dqjax.data": ["templates/*.jinja"], "dqjax.kernels": ["tuning/*.json"]},
+    package_data={"dqjax.data": ["templates/*.jinja", "prompts/*.txt"], "dqjax.kernels": ["tuning/*.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

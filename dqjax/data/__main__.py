@@ -1,23 +1,71 @@
-"""python -m dqjax.data COMMAND: the data commands, each a module with HELP, EXAMPLE, add_arguments and run."""
+"""python -m dqjax.data COMMAND: the data commands, each with HELP, EXAMPLE, add_arguments and run."""
 
 import argparse
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import dqjax.data.collect
+import dqjax.data.decontaminate
 import dqjax.data.inspect
+import dqjax.data.merge
 import dqjax.data.train_tokenizer
 from dqjax.commands import run_command
+from dqjax.data.command import PipelineCommand, StageCommand
+from dqjax.data.limits import BudgetSpent
+from dqjax.data.local import LocalTeacher
+from dqjax.data.pipeline import STAGES
+from dqjax.data.teacher import SamplingConfig, TeacherConfig
+
+BUDGET_SPENT = 3  # exit code: max_total_tokens is reached; a higher one goes on from there
+
+
+def make_local(config: TeacherConfig) -> LocalTeacher:
+    """A teacher on the rollout engine, from a run folder, a converted checkpoint or a Hugging Face folder."""
+    from dqjax.load import load_model, start_jax
+    from dqjax.rollout.engine import Engine, Prompt
+    from dqjax.rollout.sampling import Sampling
+    from dqjax.sharding import MeshConfig, Rules, make_mesh
+
+    start_jax()
+    local = config.local
+    rules = Rules(make_mesh(**MeshConfig().model_dump()))
+    model, params = load_model(local.checkpoint, rules, dtype=local.dtype)
+    rows = -(-local.rows // rules.batch_shards) * rules.batch_shards
+    engines: dict[SamplingConfig, Engine] = {}
+
+    def generate(
+        sampling: SamplingConfig, prompts: Iterable[tuple[Sequence[int], int]]
+    ) -> Iterator[tuple[Sequence[int], str]]:
+        if sampling not in engines:
+            engines[sampling] = Engine(
+                model.decoder,
+                stop_ids=model.chat.stop_ids,
+                vocab=model.vocab,
+                sampling=Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
+                rows=rows,
+                max_new_tokens=sampling.max_tokens,
+                seed=sampling.seed,
+            )
+        for sample in engines[sampling].generate(params, (Prompt(tuple(ids), seed) for ids, seed in prompts)):
+            yield sample.token_ids, sample.finish_reason
+
+    return LocalTeacher(config.name, config.identity, model.chat, generate, rows=rows, thinking=local.thinking)
+
 
 COMMANDS = {
     "inspect": dqjax.data.inspect,
     "collect": dqjax.data.collect,
     "tokenizer": dqjax.data.train_tokenizer,
+    "decontaminate": dqjax.data.decontaminate,
+    "merge": dqjax.data.merge,
+    "pipeline": PipelineCommand(make_local),
+    **{name: StageCommand(name, module, make_local) for name, module in STAGES.items() if name != "collect"},
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 where the input or the configuration is at fault."""
+    """Runs one command; returns the exit code: 0, 2 where input or configuration is at fault, 3 where a budget is spent."""
     parser = argparse.ArgumentParser(prog="python -m dqjax.data", description="Commands for data files.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -38,6 +86,9 @@ def _run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` closed the pipe: no error of ours, and nothing left to write to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BudgetSpent as e:
+        print(f"error: {e}", file=sys.stderr)
+        return BUDGET_SPENT
     return 0
 
 

@@ -1,10 +1,12 @@
 """Problems and chains from several sources into files whose splits share no question.
 
-The sources are read twice and never held: first the hash of each normalised question, from which the held-out ones are
-drawn, then the rows, each written to the split of its question. So the chains of one problem always stay together.
+The sources are read twice and never held (some 20 bytes a row are): first the hash of each normalised question, from which
+the held-out ones are drawn, then the rows, each written to the split of its question. So the chains of one problem always
+stay together. On the first reading near-duplicates and benchmark problems are found too; removed.jsonl names them.
 """
 
 import argparse
+import array
 import contextlib
 import dataclasses
 import hashlib
@@ -21,9 +23,14 @@ import pydantic
 from dqjax.config import ConfigError, Section, load
 from dqjax.data.chains import write_chain
 from dqjax.data.config import ColumnsConfig, SourceConfig
+from dqjax.data.decontaminate import Benchmarks, DecontaminateConfig
 from dqjax.data.documents import write_rejected
+from dqjax.data.near_duplicates import NearConfig
 from dqjax.data.records import Message, Record, question_key
+from dqjax.data.removal import Removed, find_removed
 from dqjax.data.sources import Rejected, read_records
+
+_SPLITS = (None, "test", "validation", "train")
 
 HELP = "write problem and chain files from sources, with train, validation and test splits that share no question"
 EXAMPLE = "python -m dqjax.data collect --config configs/data/chain_sum.yaml"
@@ -39,6 +46,9 @@ class CollectConfig(Section):
       they are).
     validation: problems to hold out into validation files, in the form of the training files.
     train: problems in the training files at most; by default all that are left.
+    near_duplicates: also remove problems that nearly repeat an earlier one; by default only equal rows go.
+    decontaminate: remove problems that are in a benchmark.
+    workers: processes for these two; by default the machine's cores, at most 16.
     chain_styles: for `chain_sum` problems, one training and validation file for each of these styles.
     seed: of the draw of held-out problems.
     max_bad_share: the command fails when more of the rows than this are unusable.
@@ -50,6 +60,9 @@ class CollectConfig(Section):
     test: int = pydantic.Field(0, ge=0)
     validation: int = pydantic.Field(0, ge=0)
     train: int | None = pydantic.Field(None, ge=1)
+    near_duplicates: NearConfig | None = None
+    decontaminate: DecontaminateConfig | None = None
+    workers: int | None = pydantic.Field(None, ge=1)
     chain_styles: tuple[Literal["columns", "running", "answer"], ...] = ()
     seed: int = 0
     max_bad_share: float = pydantic.Field(0.01, ge=0, le=1)
@@ -67,28 +80,45 @@ def collect(config: CollectConfig) -> dict[str, int]:
     Raises:
       ConfigError: a source cannot be read, too many rows are bad, or there are fewer problems than asked for.
     """
-    keys: list[int] = []
+    keys, said = array.array("q"), array.array("Q")
     rejected: list[Rejected] = []
-    for item in _records(config):
-        rejected.append(item) if isinstance(item, Rejected) else keys.append(question_key(item))
+
+    def noted() -> Iterator[Record]:
+        for item in _records(config):
+            if isinstance(item, Rejected):
+                rejected.append(item)
+            else:
+                keys.append(question_key(item))
+                said.append(_digest(item))
+                yield item
+
+    benchmarks = Benchmarks(config.decontaminate) if config.decontaminate else None
+    removed = find_removed(noted(), keys, near=config.near_duplicates, benchmarks=benchmarks, workers=config.workers)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_rejected(
         rejected, len(keys) + len(rejected), max_share=config.max_bad_share, path=str(out / "rejected.jsonl")
     )
-    split_of = _draw_splits(np.unique(np.array(keys, np.int64)), config)
+    questions = np.unique(np.array(keys, np.int64))
+    questions = questions[~np.isin(questions, np.fromiter(removed, np.int64, len(removed)))]
+    splits = _draw_splits(questions, config)
+    _, first = np.unique(np.array(said, np.uint64), return_index=True)
+    repeats = np.ones(len(said), bool)
+    repeats[first] = False
     counts: Counter[str] = Counter(unusable=len(rejected))
-    seen: set[bytes] = set()
+    good = (item for item in _records(config) if not isinstance(item, Rejected))
     with _Files(out) as files:
-        for record in _records(config):
-            if isinstance(record, Rejected) or (split := split_of.get(question_key(record))) is None:
+        for record, key, repeat in zip(good, keys, repeats.tolist(), strict=True):
+            if (why := removed.get(key)) is not None:
+                counts[why.count] += 1
+                files.write("removed.jsonl", _removal(record, why))
                 continue
-            if (said := _digest(record)) in seen:
+            split = splits[np.searchsorted(questions, key)]
+            if split and repeat:
                 counts["duplicates"] += 1
-                continue
-            seen.add(said)
-            for name, row in _rows(record, split, config.chain_styles):
-                files.write(name, row)
+            elif split:
+                for name, row in _rows(record, _SPLITS[split], config.chain_styles):
+                    files.write(name, row)
     return dict(counts) | files.rows
 
 
@@ -108,26 +138,30 @@ def _records(config: CollectConfig) -> Iterator[Record | Rejected]:
         yield from read_records(source, config.columns)
 
 
-def _digest(record: Record) -> bytes:
-    """Equal for records that say the same, whatever their ids."""
+def _digest(record: Record) -> int:
+    """64 bits that are equal for records that say the same, whatever their ids."""
     said = json.dumps([dataclasses.astuple(m) for m in (*record.messages, record.chosen, record.rejected) if m])
-    return hashlib.blake2b(said.encode(), digest_size=16).digest()
+    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
 
 
-def _draw_splits(keys: np.ndarray, config: CollectConfig) -> dict[int, str]:
+def _draw_splits(questions: np.ndarray, config: CollectConfig) -> np.ndarray:
+    """For each question the number of its split in `_SPLITS`."""
     held = config.test + config.validation
-    if len(keys) <= held or (config.train is not None and len(keys) < held + config.train):
+    if len(questions) <= held or (config.train is not None and len(questions) < held + config.train):
         raise ConfigError(
-            f"the sources hold {len(keys)} different problems; asked for {config.test} test, {config.validation} "
+            f"the sources hold {len(questions)} different problems; asked for {config.test} test, {config.validation} "
             f"validation and {config.train or 'some'} train ones"
         )
-    order = np.random.default_rng(config.seed).permutation(keys).tolist()
-    train = order[held:] if config.train is None else order[held : held + config.train]
-    return (
-        dict.fromkeys(order[: config.test], "test")
-        | dict.fromkeys(order[config.test : held], "validation")
-        | dict.fromkeys(train, "train")
-    )
+    order = np.searchsorted(questions, np.random.default_rng(config.seed).permutation(questions))
+    splits = np.zeros(len(questions), np.int8)
+    splits[order[: config.test]] = _SPLITS.index("test")
+    splits[order[config.test : held]] = _SPLITS.index("validation")
+    splits[order[held : None if config.train is None else held + config.train]] = _SPLITS.index("train")
+    return splits
+
+
+def _removal(record: Record, why: Removed) -> dict[str, Any]:
+    return {"id": record.id, "source": record.source, "question": record.question, **dataclasses.asdict(why)}
 
 
 def _rows(record: Record, split: str, styles: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,0 +1,70 @@
+"""The command line of the stages and of the pipeline: one shape for all of them."""
+
+import argparse
+from collections.abc import Callable
+from types import ModuleType
+
+from dqjax.config import ConfigError
+from dqjax.data.pipeline import PipelineConfig, Step, estimate, read_pipeline, run_pipeline, run_step, summary
+from dqjax.data.stage import Shard
+from dqjax.data.teacher import Teacher, TeacherConfig
+
+MakeLocal = Callable[[TeacherConfig], Teacher]
+
+
+class StageCommand:
+    """`python -m dqjax.data STAGE --config FILE`: runs the steps of that stage in a pipeline's file."""
+
+    def __init__(self, stage: str, module: ModuleType, make_local: MakeLocal):
+        self.HELP, self.__doc__ = module.HELP, module.__doc__
+        self.EXAMPLE = f"python -m dqjax.data {stage} --config configs/data/example.yaml"
+        self._stage, self._make_local = stage, make_local
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_config(parser)
+        parser.add_argument("--step", metavar="NAME", help="the step to run, where the file has several of this stage")
+        parser.add_argument("--shard", metavar="i/n", help="only part i of n (from 0); `merge` puts the parts together")
+
+    def run(self, args: argparse.Namespace) -> None:
+        config, steps = read_pipeline(args.config, args.overrides)
+        mine = [step for step in steps if step.stage == self._stage and args.step in (None, step.name)]
+        if not mine:
+            there = ", ".join(f"{step.name} ({step.stage})" for step in steps)
+            raise ConfigError(f"{args.config} has no step {args.step or 'of the stage ' + self._stage}; it has {there}")
+        if args.estimate:
+            print(estimate(config, mine, make_local=self._make_local))
+            return
+        shard = Shard.parse(args.shard) if args.shard else None
+        for step in mine:
+            self._run_step(config, step, shard)
+
+    def _run_step(self, config: PipelineConfig, step: Step, shard: Shard | None) -> None:
+        job = run_step(config, step, make_local=self._make_local, shard=shard)
+        print(f"{job.output}: {summary(job.counts)}")
+
+
+class PipelineCommand:
+    """All steps of a file, one after the other; what is done already is passed over."""
+
+    HELP = "run all steps of a file, from problems to training files"
+    EXAMPLE = "python -m dqjax.data pipeline --config configs/data/example.yaml"
+
+    def __init__(self, make_local: MakeLocal):
+        self._make_local = make_local
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_config(parser)
+        parser.add_argument("--again", action="store_true", help="run steps that had failures once more; only those are asked")
+
+    def run(self, args: argparse.Namespace) -> None:
+        config, steps = read_pipeline(args.config, args.overrides)
+        if args.estimate:
+            print(estimate(config, steps, make_local=self._make_local))
+        else:
+            run_pipeline(config, steps, make_local=self._make_local, again=args.again)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file: out, teachers, steps")
+    parser.add_argument("--estimate", action="store_true", help="run 20 rows, print tokens, money and hours of the whole")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's; STEP.key=value for a step's")
