@@ -128,7 +128,7 @@ def test_sft_gradients_equal_autograd(tiny, load, family, tied):
         logits = model(torch.tensor(text)[None]).logits[0, 2:-1]
         total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(text[3:]), reduction="sum")
     (total / int(trained.sum())).backward()
-    np.testing.assert_allclose(float(ours), float(total / int(trained.sum())), rtol=1e-5)
+    np.testing.assert_allclose(float(ours), total.item() / int(trained.sum()), rtol=1e-5)
     theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
     for entry in entries(decoder.config):
         leaf = grads
