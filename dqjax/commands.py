@@ -28,9 +28,9 @@ def run_command(main: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if not out_of_memory(e):
             raise
-        print(f"error: {out_of_memory(str(e))}", file=sys.stderr)
+        print(f"error: the device is out of memory{wanted(e)}", file=sys.stderr)
         return 1
     except (ValueError, FloatingPointError, NotImplementedError) as e:
         if os.environ.get("DQJAX_TRACEBACK"):
@@ -39,11 +39,12 @@ def run_command(main: Callable[[], int]) -> int:
         return 1
 
 
-def out_of_memory(text: str) -> str:
-    """One line for XLA's report of a full device: what it wanted, and the keys that make it want less."""
-    wanted = re.search(r"(?:allocate|allocating) ([\d.]+ ?\w+)", text)
-    return (
-        f"the device is out of memory{f' (it wanted {wanted[1]} more)' if wanted else ''}. Less memory, from cheapest: "
-        "train.accumulate up, model.remat: full, data.row_length down, mesh.fsdp or mesh.tensor over more devices, "
-        "optimizer.mu_dtype: bfloat16"
-    )
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether XLA failed for want of device memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def wanted(error: jax.errors.JaxRuntimeError) -> str:
+    """What XLA asked for in vain, as " (it wanted 12.50GiB more)", or "" where its message does not say."""
+    found = re.search(r"(?:allocate|allocating) ([\d.]+ ?\w+)", str(error))
+    return f" (it wanted {found[1]} more)" if found else ""

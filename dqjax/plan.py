@@ -31,7 +31,7 @@ from dqjax.sharding import Rules, make_mesh
 from dqjax.steps.sft import make_sft_loss
 from dqjax.steps.state import init_state, state_shardings
 from dqjax.steps.update import compile_step, make_step
-from dqjax.train import Config
+from dqjax.train_config import Config
 from dqjax.types import Batch
 
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}  # a device, from the maker's datasheets

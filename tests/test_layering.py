@@ -30,7 +30,7 @@ ALLOWED = {
     "data": {"data", "rewards"} | BASE,
     "eval": {"eval", "rewards", "data"} | BASE,
 }
-COMMANDS = {"train", "generate", "score", "teacher_logits", "plan", "load", "bench", "__init__"}
+COMMANDS = {"train", "train_config", "objectives", "generate", "score", "teacher_logits", "plan", "load", "bench", "__init__"}
 COMMAND_MODULES = {"eval.__main__", "data.__main__", "convert.__main__", "bench.__main__"}
 
 

@@ -7,7 +7,7 @@ import pytest
 from dqjax.config import ConfigError, load
 from dqjax.models.config import SIZES
 from dqjax.plan import plan_step, report
-from dqjax.train import Config
+from dqjax.train_config import Config
 from tests.workspace import ROOT
 
 RECIPE = ROOT / "configs" / "sft" / "qwen2.5-7b-v5p.yaml"

@@ -14,7 +14,8 @@ import pytest
 
 from dqjax import train
 from dqjax.checkpoint import Checkpoints
-from dqjax.commands import out_of_memory, run_command
+from dqjax.commands import run_command
+from dqjax.trainer import announce_compilation
 from tests.workspace import DEBUG, ROOT, make_workspace, overrides
 
 SFT = str(DEBUG / "sft.yaml")
@@ -158,15 +159,42 @@ def test_not_finite_steps_are_skipped_then_fatal(workspace, capsys):
     assert "3 steps had a loss or gradient that is not finite" in capsys.readouterr().err
 
 
-def test_out_of_memory_is_one_line_with_the_keys_to_change(capsys):
+def test_out_of_memory_is_one_line(capsys):
     def too_large():
         jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros((1 << 50,)) + 1)())
 
     assert run_command(too_large) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "out of memory" in error and "train.accumulate" in error
-    text = out_of_memory("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.")
-    assert "it wanted 12.50GiB more" in text
+    assert error.count("\n") == 1 and "error: the device is out of memory (it wanted " in error
+
+
+def test_out_of_memory_in_training_names_what_fills_the_device(workspace, capsys, monkeypatch):
+    def too_large(state, frozen, batch):
+        jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros((1 << 50,)) + 1)())
+
+    monkeypatch.setattr(train, "compile_step", lambda *_: too_large)
+    assert run(workspace, "oom") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    for part in ("8 rows of data.row_length = 256", "model.remat = none", "layers.mlp.down.kernel (3, 384, 128)", "train.accumulate"):
+        assert part in error
+
+
+def test_a_long_compilation_is_announced(caplog):
+    with caplog.at_level("INFO"), announce_compilation(after=0.05):
+        time.sleep(0.3)
+    assert "still compiling" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"), announce_compilation(after=0.2) as compiling:
+        compiling(1, None, {}, None)
+        time.sleep(0.4)
+    assert "still compiling" not in caplog.text
+
+
+def test_a_missing_accelerator_is_said(workspace):
+    code = "import sys; from dqjax.load import start_jax; from dqjax.commands import run_command\nrun_command(start_jax)"
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "no accelerator found: running on the CPU" in done.stderr
 
 
 def test_the_mesh_and_micro_batches_do_not_change_the_curve(workspace):
