@@ -195,17 +195,17 @@ def along(*shapes):
 # Against the oracle
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+PLAIN = [("float32", {}), ("float32", {"causal": False}), ("bfloat16", {"softcap": 2.0, "scale": 0.3})]
+TELLING = [
+    ("bfloat16", {}),
+    ("bfloat16", {"window": 40}),
+    ("float32", {"causal": False, "window": 9, "softcap": 3.0}),
+]  # between them all that an interpreted kernel, slow to run, can get wrong
+
+
 @pytest.mark.parametrize(
-    "dtype, options",
-    [
-        ("float32", {}),
-        ("bfloat16", {}),
-        ("bfloat16", {"window": 40}),
-        ("float32", {"causal": False}),
-        ("float32", {"causal": False, "window": 9, "softcap": 3.0}),
-        ("bfloat16", {"softcap": 2.0, "scale": 0.3}),
-    ],
+    "backend, dtype, options",
+    [(backend, *case) for backend in BACKENDS for case in TELLING + ([] if backend == "tpu" else PLAIN)],
     ids=str,
 )
 def test_packed_rows(backend, dtype, options):
@@ -216,27 +216,34 @@ def test_packed_rows(backend, dtype, options):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("N, K", [(3, 3), (7, 1), (14, 2), (8, 1)])
+@pytest.mark.parametrize(
+    "backend, N, K",
+    [(b, *heads) for b in BACKENDS for heads in [(3, 3), (7, 1)] + ([] if b == "tpu" else [(14, 2), (8, 1), (8, 2)])],
+)
 def test_grouped_heads(backend, N, K):
     rng = np.random.default_rng(1)
     segments = pack(rng, 1, 160, 3, 10)
     check(backend, *draw(rng, 1, 160, N, K, 32), (segments,) * 2, along((1, 160)) * 2, blocks=(128, 128))
 
 
-@hypothesis.settings(max_examples=8, derandomize=True, deadline=None, database=None)
-@hypothesis.given(
-    seed=st.integers(0, 2**31),
-    shape=st.sampled_from([(257, (2, 1), (256, 128)), (300, (6, 2), (128, 256))]),
-    documents=st.integers(1, 300),
-    empty=st.integers(0, 300),
-)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_random_packings(backend, seed, shape, documents, empty):
-    T, heads, blocks = shape
-    rng = np.random.default_rng(seed)
-    segments = pack(rng, 2, T, documents, min(empty, T - 1))
-    check(backend, *draw(rng, 2, T, *heads, 16), (segments,) * 2, along((2, T)) * 2, blocks=blocks, seed=seed)
+def test_random_packings(backend):
+    """From one document to as many as tokens, from no padding to nothing else."""
+
+    @hypothesis.settings(max_examples=3 if backend == "tpu" else 8, derandomize=True, deadline=None, database=None)
+    @hypothesis.given(
+        seed=st.integers(0, 2**31),
+        shape=st.sampled_from([(257, (2, 1), (256, 128)), (300, (6, 2), (128, 256))]),
+        documents=st.integers(1, 300),
+        empty=st.integers(0, 300),
+    )
+    def compare(seed, shape, documents, empty):
+        T, heads, blocks = shape
+        rng = np.random.default_rng(seed)
+        segments = pack(rng, 1, T, documents, min(empty, T - 1))
+        check(backend, *draw(rng, 1, T, *heads, 16), (segments,) * 2, along((1, T)) * 2, blocks=blocks, seed=seed)
+
+    compare()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -258,8 +265,9 @@ def test_positions_that_restart_and_ids_in_any_order(backend):
     check(backend, *draw(rng, 2, 280, 2, 1, 16), (segments,) * 2, (positions,) * 2, blocks=(128, 128), window=30)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "backend, dtype", [(b, d) for b in BACKENDS for d in ("bfloat16", "float32") if (b, d) != ("tpu", "float32")]
+)
 def test_extreme_logits(backend, dtype):
     """Logits of ±1e4: the softmax is one-hot and must neither overflow nor lose the winner.
 
@@ -405,11 +413,21 @@ def test_saved_outputs_spare_the_second_forward(backend):
         def layer(q, k, v):
             return jnp.sum(attention(q, k, v, q_segment_ids=segments, backend=backend))
 
-        grade = jax.grad(jax.checkpoint(layer, policy=policy))
-        return str(jax.make_jaxpr(grade)(q, k, v)).count("dot_general")
+        return count_products(jax.make_jaxpr(jax.grad(jax.checkpoint(layer, policy=policy)))(q, k, v).jaxpr)
 
     save = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
     assert products(save) < products(jax.checkpoint_policies.nothing_saveable)
+
+
+def count_products(jaxpr):
+    """Matrix products in a jaxpr and in all that it calls."""
+    inner = (x for eqn in jaxpr.eqns for x in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=is_jaxpr) if is_jaxpr(x))
+    own = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+    return own + sum(count_products(getattr(x, "jaxpr", x)) for x in inner)
+
+
+def is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,98 @@
+"""Device time and memory of one candidate, the same way for every framework.
+
+A candidate runs n and then 2n dependent repetitions as one device program; its time is (t₂ₙ - tₙ) / n, so that launch,
+transfer and the host's clock fall out. Candidates take turns, and the median over the rounds is reported with its spread.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Timing(NamedTuple):
+    """Milliseconds a repetition.
+
+    Attributes:
+      ms: median over the rounds.
+      spread: (second largest - second smallest) / median. A ratio within it is a tie.
+    """
+
+    ms: float
+    spread: float
+
+
+class Candidate(NamedTuple):
+    """Something to time.
+
+    Attributes:
+      run: runs that many dependent repetitions, to the end.
+      memory: bytes at its peak beyond the inputs, outputs included; None where it is not known.
+    """
+
+    run: Callable[[int], None]
+    memory: int | None
+
+
+def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candidate:
+    """A function of JAX arrays. Its first operand takes a part of each result, so that repetitions wait for each other."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def repeat(repetitions, *operands):
+        def once(_, first):
+            results = jax.tree.leaves(f(first, *operands[1:]))
+            part = sum(r.reshape(-1)[0].astype(jnp.float32) for r in results)
+            # 0 · part would be folded away: it is not, for a part that may be NaN.
+            return first.at[(0,) * first.ndim].add((part * 0).astype(first.dtype))
+
+        return jax.lax.fori_loop(0, repetitions, once, operands[0])
+
+    memory = jax.jit(f).lower(*operands).compile().memory_analysis()
+    return Candidate(
+        lambda repetitions: jax.block_until_ready(repeat(repetitions, *operands)),
+        memory.temp_size_in_bytes + memory.output_size_in_bytes,
+    )
+
+
+def torch_candidate(f: Callable[[], Any]) -> Candidate:
+    """A function of torch CUDA tensors that it closes over; repetitions on one stream wait for each other."""
+    import torch
+
+    def run(repetitions):
+        for _ in range(repetitions):
+            f()
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(1)
+    return Candidate(run, torch.cuda.max_memory_allocated() - before)
+
+
+def measure(candidates: Mapping[str, Candidate], *, repetitions: int, rounds: int) -> dict[str, Timing]:
+    """Times all candidates in turns, `rounds` times each, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_ in range(rounds + 1):
+        for name, candidate in candidates.items():
+            single, double = (_seconds(candidate.run, repetitions * k) for k in (1, 2))
+            if round_:
+                times[name].append((double - single) / repetitions * 1e3)
+    return {name: _summary(sorted(of)) for name, of in times.items()}
+
+
+def _seconds(run: Callable[[int], None], repetitions: int) -> float:
+    start = time.perf_counter()
+    run(repetitions)
+    return time.perf_counter() - start
+
+
+def _summary(ms: list[float]) -> Timing:
+    median = statistics.median(ms)
+    inner = ms[1:-1] or ms
+    return Timing(median, (inner[-1] - inner[0]) / abs(median))
