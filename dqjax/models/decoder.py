@@ -127,7 +127,7 @@ class Decoder:
       dtype: of activations and of weights in products; parameters stay float32.
       remat: what the backward pass recomputes: nothing ("none"), all but attention's outputs ("attention"), all but
         the products ("dots"), everything ("full").
-      attention_backend: a backend of `kernels.attention`, or None for its choice.
+      attention_backend: a backend of `kernels.attention`, or None for the one of the mesh's devices.
     """
 
     config: ModelConfig
@@ -138,7 +138,12 @@ class Decoder:
 
     @property
     def _network(self) -> Network:
-        return Network(self.config, self.rules, jnp.dtype(self.dtype), self.remat, self.attention_backend)
+        return Network(self.config, self.rules, jnp.dtype(self.dtype), self.remat, self._backend)
+
+    @property
+    def _backend(self) -> str:
+        """The attention backend: by the devices of the mesh, which need not be those of this process (`dqjax.plan`)."""
+        return self.attention_backend or attention_kernel.default_backend(self.rules.mesh.devices.flat[0].platform)
 
     def _boxed(self, key: PRNGKeyArray) -> Any:
         tokens = jnp.zeros((self.rules.batch_shards, 8), jnp.int32)
@@ -183,7 +188,7 @@ class Decoder:
           hidden `[B, T, D]` in `dtype`, and the cache with the new tokens.
         """
         if cache is None:
-            plan = attention_kernel.make_plan(segment_ids, causal=True)
+            plan = attention_kernel.make_plan(segment_ids, causal=True, backend=self._backend)
             context = self._context(positions, segment_ids, plan=plan)
             return self._network.apply({"params": params}, tokens, context), None
         valid = (segment_ids > 0).astype(jnp.int32)
@@ -191,7 +196,7 @@ class Decoder:
         context = self._context(positions, segment_ids, lengths=lengths)
         c, dtype = self.config, jnp.dtype(self.dtype)
         x = Embedding(c, self.rules, dtype).apply({"params": params["embed"]}, tokens)
-        layer = Layer(c, self.rules, dtype, self.attention_backend)
+        layer = Layer(c, self.rules, dtype, self._backend)
         keys, values = [], []
         for i in range(c.num_layers):
             weights = jax.tree.map(lambda w: w[i], params["layers"])  # noqa: B023

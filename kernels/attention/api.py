@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 KERNELS: dict[str, Kernel] = {"tpu": TPU, "xla": XLA}
 BACKENDS = ("reference", *KERNELS)
 
-__all__ = ["BACKENDS", "MASKED", "Plan", "attention", "make_plan"]
+__all__ = ["BACKENDS", "MASKED", "Plan", "attention", "default_backend", "make_plan"]
 
 
 def attention(
@@ -73,7 +73,7 @@ def attention(
     (B, T, _, H), S = q.shape, k.shape[1]
     tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
     variant = Variant(causal, window, softcap, H**-0.5 if scale is None else scale)
-    backend = _default_backend(jax.default_backend()) if backend is None else backend
+    backend = default_backend(jax.default_backend()) if backend is None else backend
     if q_segment_ids is not None:
         # Padding may hold anything; a NaN there would pass through 0 · NaN in the products and their gradients.
         q = _zero_padding(q, tokens.q_segment_ids)
@@ -125,7 +125,7 @@ def make_plan(
     S = T if kv_segment_ids is None else kv_segment_ids.shape[1]
     tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
     if blocks is None:
-        blocks = default_blocks(_default_backend(jax.default_backend()) if backend is None else backend, T, S)
+        blocks = default_blocks(default_backend(jax.default_backend()) if backend is None else backend, T, S)
     return _plan(tokens, causal, window, blocks, q_positions is None and kv_positions is None)
 
 
@@ -162,7 +162,8 @@ def _zero_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _default_backend(platform: str) -> str:
+def default_backend(platform: str) -> str:
+    """The backend that None stands for on a platform ("cpu", "gpu", "tpu"); logged once."""
     backend = "tpu" if platform == "tpu" else "xla"
     log.info("attention: backend %r on %s", backend, platform)
     return backend

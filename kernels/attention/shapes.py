@@ -38,8 +38,14 @@ def complete_tokens(
     """Fills in what was left out: one document a row, the query's ids for the keys, positions counted along the row.
 
     Raises:
-      ValueError: ids or positions of the wrong shape; query ids alone where T != S.
+      ValueError: ids or positions of the wrong shape; query ids alone where T != S; positions for one side alone where
+        queries and keys are the same tokens.
     """
+    if kv_segment_ids is None and length_q == length_kv and (q_positions is None) != (kv_positions is None):
+        raise ValueError(
+            "attention: queries and keys share their segment ids, so they are the same tokens; pass q_positions and "
+            "kv_positions both, or neither to count along the row"
+        )
     if kv_segment_ids is None:
         if q_segment_ids is not None and length_q != length_kv:
             raise ValueError(

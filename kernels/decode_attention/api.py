@@ -60,7 +60,7 @@ def decode_attention(
         raise ValueError(f"decode_attention: lengths must be [{B}], got {lengths.shape}")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window counts the query's own key, so it is at least 1; got {window}")
-    backend = _default_backend(jax.default_backend()) if backend is None else backend
+    backend = default_backend(jax.default_backend()) if backend is None else backend
     if backend not in BACKENDS:
         raise ValueError(f"decode_attention: unknown backend {backend!r}; there are {tuple(BACKENDS)}")
     scale = H**-0.5 if scale is None else scale
@@ -68,7 +68,8 @@ def decode_attention(
 
 
 @functools.cache
-def _default_backend(platform: str) -> str:
+def default_backend(platform: str) -> str:
+    """The backend that None stands for on a platform ("cpu", "gpu", "tpu"); logged once."""
     backend = "tpu" if platform == "tpu" else "xla"
     log.info("decode_attention: backend %r on %s", backend, platform)
     return backend

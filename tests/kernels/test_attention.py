@@ -358,7 +358,7 @@ def test_bad_arguments_say_what_was_expected():
 
 
 def test_the_choice_of_backend_is_logged_once(caplog):
-    api._default_backend.cache_clear()
+    api.default_backend.cache_clear()
     q, k, v = draw(np.random.default_rng(10), 1, 8, 2, 2, 16)
     with caplog.at_level(logging.INFO, logger=api.__name__):
         attention(q, k, v, q_segment_ids=None)
