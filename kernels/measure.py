@@ -39,17 +39,20 @@ class Candidate(NamedTuple):
 
 
 def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candidate:
-    """A function of JAX arrays. Its first operand takes a part of each result, so that repetitions wait for each other."""
+    """A function of floating JAX arrays.
+
+    One element of every operand takes in a part of every result, so that repetitions wait for each other and nothing can
+    be moved out of the loop.
+    """
 
     @functools.partial(jax.jit, static_argnums=0)
     def repeat(repetitions, *operands):
-        def once(_, first):
-            results = jax.tree.leaves(f(first, *operands[1:]))
-            part = sum(r.reshape(-1)[0].astype(jnp.float32) for r in results)
-            # 0 · part would be folded away: it is not, for a part that may be NaN.
-            return first.at[(0,) * first.ndim].add((part * 0).astype(first.dtype))
+        def once(_, operands):
+            part = sum(r.reshape(-1)[-1].astype(jnp.float32) for r in jax.tree.leaves(f(*operands)))
+            # The compiler may not fold 0 · part to 0: it could be NaN.
+            return tuple(x.at[(0,) * x.ndim].add((part * 0).astype(x.dtype)) for x in operands)
 
-        return jax.lax.fori_loop(0, repetitions, once, operands[0])
+        return jax.lax.fori_loop(0, repetitions, once, operands)
 
     memory = jax.jit(f).lower(*operands).compile().memory_analysis()
     return Candidate(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dqjax.kernels.attention.cudnn import cudnn_attention, why_not_cudnn
 from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
 from dqjax.kernels.attention.plan import Plan, build_plan
 from dqjax.kernels.attention.reference import reference_attention
@@ -19,7 +20,7 @@ from dqjax.kernels.varying import vary, varying_axes
 log = logging.getLogger(__name__)
 
 KERNELS: dict[str, Kernel] = {"tpu": TPU, "xla": XLA}
-BACKENDS = ("reference", *KERNELS)
+BACKENDS = ("reference", "cudnn", *KERNELS)
 
 __all__ = ["BACKENDS", "MASKED", "Plan", "attention", "default_backend", "make_plan"]
 
@@ -56,7 +57,9 @@ def attention(
         is that of the row, and blocks are skipped more tightly than with positions that restart.
       causal, window, softcap: see `mask.Variant`.
       scale: None is 1/√H.
-      backend: "tpu" (Pallas), "xla" (blockwise), "reference" (naive); None takes "tpu" on TPU, else "xla".
+      backend: "tpu" (Pallas), "xla" (blockwise), "cudnn" (rows that are one document each), "reference" (naive).
+        None takes "tpu" on TPU, "cudnn" on GPU where it can do the mask, else "xla". A program compiled for a device
+        that is not the default one must name its backend.
       plan: `make_plan` of the same tokens and mask; None makes one here.
       return_lse: also return lse, which is differentiable.
 
@@ -73,7 +76,15 @@ def attention(
     (B, T, _, H), S = q.shape, k.shape[1]
     tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
     variant = Variant(causal, window, softcap, H**-0.5 if scale is None else scale)
-    backend = default_backend(jax.default_backend()) if backend is None else backend
+    in_order = q_positions is None and kv_positions is None
+    refusal = why_not_cudnn(
+        q, k, variant, segments=q_segment_ids is not None, positions=not in_order, return_lse=return_lse
+    )
+    backend = default_backend(jax.default_backend(), cudnn_can=refusal is None) if backend is None else backend
+    if backend == "cudnn":
+        if refusal is not None:
+            raise NotImplementedError(f"attention: backend 'cudnn' cannot do {refusal}; use 'xla'")
+        return cudnn_attention(q, k, v, variant)
     if q_segment_ids is not None:
         # Padding may hold anything; a NaN there would pass through 0 · NaN in the products and their gradients.
         q = _zero_padding(q, tokens.q_segment_ids)
@@ -81,7 +92,6 @@ def attention(
     if backend == "reference":
         out, lse = reference_attention(q, k, v, tokens, variant)
     elif backend in KERNELS:
-        in_order = q_positions is None and kv_positions is None
         if plan is None:
             plan = _plan(tokens, causal, window, default_blocks(backend, T, S), in_order)
         else:
@@ -162,8 +172,11 @@ def _zero_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def default_backend(platform: str) -> str:
-    """The backend that None stands for on a platform ("cpu", "gpu", "tpu"); logged once."""
-    backend = "tpu" if platform == "tpu" else "xla"
+def default_backend(platform: str, cudnn_can: bool = False) -> str:
+    """The backend that None stands for on a platform ("cpu", "gpu", "tpu"); logged once.
+
+    `cudnn_can` says that the call is one cuDNN can do. Only kernels that were run on a device are chosen for it.
+    """
+    backend = "tpu" if platform == "tpu" else "cudnn" if platform == "gpu" and cudnn_can else "xla"
     log.info("attention: backend %r on %s", backend, platform)
     return backend

@@ -357,6 +357,36 @@ def test_bad_arguments_say_what_was_expected():
         attention(q[:, :4], k, v, q_segment_ids=jnp.ones((1, 4), jnp.int32))
 
 
+def test_what_cudnn_cannot_do_is_said():
+    q, k, v = draw(np.random.default_rng(9), 1, 64, 2, 2, 16, "bfloat16")
+    ids = jnp.ones((1, 64), jnp.int32)
+    requests = {
+        "segment ids": dict(q_segment_ids=ids),
+        "positions": dict(q_positions=ids, kv_positions=ids),
+        "a window": dict(window=3),
+        "a softcap": dict(softcap=1.0),
+        "lse": dict(return_lse=True),
+    }
+    for reason, request in requests.items():
+        with pytest.raises(NotImplementedError, match=f"'cudnn' cannot do {reason}"):
+            attention(q, k, v, **{"q_segment_ids": None, **request}, backend="cudnn")
+    with pytest.raises(NotImplementedError, match="cannot do float32"):
+        attention(*(x.astype(jnp.float32) for x in (q, k, v)), q_segment_ids=None, backend="cudnn")
+
+
+def test_what_the_tpu_kernel_cannot_do_is_said():
+    q, k, v = draw(np.random.default_rng(9), 1, 64, 2, 2, 16)
+    ids = jnp.ones((1, 64), jnp.int32)
+    with pytest.raises(NotImplementedError, match="multiples of 128"):
+        attention(q, k, v, q_segment_ids=ids, backend="tpu", plan=make_plan(ids, blocks=(64, 64)))
+
+
+def test_the_choice_of_backend():
+    """By device, and on GPU by what cuDNN can mask."""
+    choices = [(p, can, api.default_backend(p, can)) for p in ("cpu", "tpu", "gpu") for can in (False, True)]
+    assert [backend for *_, backend in choices] == ["xla", "xla", "tpu", "tpu", "xla", "cudnn"]
+
+
 def test_the_choice_of_backend_is_logged_once(caplog):
     api.default_backend.cache_clear()
     q, k, v = draw(np.random.default_rng(10), 1, 8, 2, 2, 16)
