@@ -81,6 +81,10 @@ class Fault(Exception):
     billed: bool = False
 
 
+class Paused(Exception):
+    """The endpoint began to pause while a call waited for its slot; nothing was sent."""
+
+
 class Endpoint:
     """A client for one endpoint.
 
@@ -115,11 +119,13 @@ class Endpoint:
         """One attempt; returns the fields of a `teacher.Reply` that the server decides.
 
         Raises:
-          Fault: no usable answer. ConfigError: the endpoint refuses this client. BudgetSpent: it could cost too much.
+          Fault: no usable answer. Paused: nothing was tried. ConfigError: the endpoint refuses this client. BudgetSpent: it could cost too much.
         """
         self._asked += 1
         try:
             async with self._slots:
+                if self.paused_until > time.monotonic():
+                    raise Paused
                 reserved = prompt_limit + max_tokens
                 await budget.reserve(reserved)
                 spent, lost = 0, False
@@ -139,11 +145,10 @@ class Endpoint:
             self._asked -= 1
 
     async def _wait(self, prompt_limit: int) -> float:
-        """Waits for the rates and pauses; returns the tokens taken on an estimate (a quarter of the bytes, the mean answer)."""
+        """Waits for the rates; returns the tokens taken on an estimate (a quarter of the bytes, the mean answer)."""
         guess = prompt_limit / 4 + self._mean_answer
         delay = self._requests.delay(1) if self._requests else 0.0
         delay = max(delay, self._tokens.delay(guess)) if self._tokens else delay
-        delay = max(delay, self.paused_until - time.monotonic())
         if delay > 0:
             await asyncio.sleep(delay)
         return guess

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import pydantic
 
 from dqjax.config import Section
-from dqjax.data.endpoint import Endpoint, EndpointConfig, Fault
+from dqjax.data.endpoint import Endpoint, EndpointConfig, Fault, Paused
 from dqjax.data.journal import Journal
 from dqjax.data.limits import Budget
 from dqjax.data.records import Message
@@ -58,7 +58,8 @@ class TeacherConfig(Section):
     name: what stages and rows call it. model: what provenance and the journal call it; by default the first endpoint's
       model, or the local checkpoint. An answer in the journal stays valid as long as `model` does, whatever endpoint gave it.
     attempts: of a request, the first included.
-    backoff, max_backoff: seconds; attempt k waits a random time up to backoff · 2^(k-1), and at least Retry-After.
+    backoff, max_backoff: seconds; after attempt k a random time up to backoff · 2^(k-1) is waited. Retry-After rests the
+      whole endpoint.
     """
 
     name: str
@@ -164,22 +165,26 @@ class EndpointTeacher:
     async def ask(self, request: Request) -> Reply:
         body, prompt_limit = body_of(request)
         tried: Endpoint | None = None
-        started = time.monotonic()
-        for attempt in range(1, self._config.attempts + 1):
+        attempt, started = 1, time.monotonic()
+        while True:
             endpoint = self._pick(tried)
+            if (pause := endpoint.paused_until - time.monotonic()) > 0:  # the others pause as well
+                await asyncio.sleep(pause)
+                continue
             try:
                 answer = await endpoint.call(body, prompt_limit, request.sampling.max_tokens, self._budget)
+            except Paused:
+                continue
             except Fault as fault:
                 if not fault.passing:
                     raise CallFailed(fault.reason) from None
                 if attempt == self._config.attempts:
                     raise CallFailed(f"{fault.reason} (attempt {attempt}, the last)") from None
                 tried = endpoint
-                wait = random.random() * min(self._config.backoff * 2 ** (attempt - 1), self._config.max_backoff)
-                await asyncio.sleep(max(wait, fault.retry_after or 0.0))
+                await asyncio.sleep(random.random() * min(self._config.backoff * 2 ** (attempt - 1), self._config.max_backoff))
+                attempt += 1
                 continue
             return Reply(model=self.model, time=time.time(), seconds=time.monotonic() - started, **answer)
-        raise AssertionError("unreachable")
 
     async def close(self) -> None:
         """The pool is closed by who made it."""
