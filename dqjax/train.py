@@ -29,6 +29,9 @@ from dqjax.commands import out_of_memory, run_command, wanted
 from dqjax.config import ConfigError, dump, load
 from dqjax.load import abstract_tree, build_model, start_jax, write_model_files
 from dqjax.metrics import Recorder, Writer
+from dqjax.objectives.grpo import grpo
+from dqjax.objectives.preference import preference
+from dqjax.objectives.reward import reward
 from dqjax.objectives.setup import Setup
 from dqjax.objectives.sft import sft
 from dqjax.optim import make_optimizer, make_schedule
@@ -41,7 +44,7 @@ from dqjax.trainer import Evaluating, Saving, announce_compilation, fit, items_o
 log = logging.getLogger("dqjax.train")
 
 
-OBJECTIVES = {"sft": sft}
+OBJECTIVES = {"sft": sft, "reward": reward, "preference": preference, "grpo": grpo}
 
 
 def train(config: Config) -> int:
@@ -91,6 +94,7 @@ def train(config: Config) -> int:
         names=setup.labels,
         counters=meta.get("counters"),
         start=int(state.step),
+        source=setup.source,
     )
     evaluating = None
     if setup.evaluate is not None:

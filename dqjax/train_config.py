@@ -1,6 +1,6 @@
 """The config of a training run: its sections, and what they must say together."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
@@ -8,9 +8,14 @@ from pydantic import Field
 from dqjax.config import Section
 from dqjax.data.config import DataConfig
 from dqjax.load import ModelSection
+from dqjax.objectives.groups import PolicyConfig
 from dqjax.optim import OptimizerConfig
 from dqjax.sharding import MeshConfig
+from dqjax.steps.preference import PreferenceConfig
+from dqjax.steps.reward import RewardConfig
 from dqjax.steps.sft import SFTConfig
+
+Objective = Annotated[SFTConfig | RewardConfig | PreferenceConfig | PolicyConfig, Field(discriminator="kind")]
 
 
 class TrainConfig(Section):
@@ -52,7 +57,7 @@ class LogConfig(Section):
 class Config(Section):
     """A training run."""
 
-    objective: SFTConfig
+    objective: Objective
     model: ModelSection
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,5 +1,6 @@
 """A small world for tests of the commands: chain_sum data, a tokenizer, a student, and configs/debug pointed at them."""
 
+import json
 import pathlib
 import shutil
 
@@ -21,15 +22,30 @@ def make_workspace(folder: pathlib.Path, problems: int = 240) -> pathlib.Path:
     out = folder / "runs/chain_sum/tokenizer"
     assert data_command(["tokenizer", "--input", str(data), "--vocab-size", "320", "--out", str(out)]) == 0
     new_student("miniature", out, folder / "runs/chain_sum/student")
+    write_pairs(data, data.with_name("pairs.jsonl"))
     return folder
 
 
-def overrides(workspace: pathlib.Path, run: str, *more: str) -> list[str]:
-    """Overrides that point a debug config at a workspace and its run at `workspace/run`."""
+def write_pairs(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes a preference pair for each conversation: its answer against one that is not what the chain reaches."""
+    with target.open("w") as file:
+        for i, line in enumerate(source.read_text().splitlines()):
+            row = json.loads(line)
+            *prompt, right = row["messages"]
+            wrong = right | {"content": str(int(right["content"]) + (-1) ** i * (1 + i % 9))}
+            pair = {"prompt": prompt, "chosen": [right], "rejected": [wrong], "beta": (0.1, 0.2, 0.5)[i % 3]}
+            file.write(json.dumps({"id": row["id"], **pair}) + "\n")
+
+
+DATA = {"reward": "pairs.jsonl", "preference": "pairs.jsonl"}
+
+
+def overrides(workspace: pathlib.Path, run: str, *more: str, config: str = "sft") -> list[str]:
+    """Overrides that point the debug config of this name at a workspace and its run at `workspace/run`."""
     base = workspace / "runs/chain_sum"
     return [
         f"model.init_from={base}/student",
-        f"data.sources={base}/data/train_columns.jsonl",
+        f"data.sources={base}/data/{DATA.get(config, 'train_columns.jsonl')}",
         f"data.cache_dir={workspace}/cache",
         f"train.run_dir={workspace / run}",
         *more,

@@ -1,0 +1,346 @@
+"""The training source of preference pairs: packed rows in a seeded order, with the two sequences of a pair in one row.
+
+    row          chosen a | rejected a | chosen b | rejected b | padding
+    pair_id         7           7           3           3          -1       equal for the two of a pair
+    chosen          1           0           1           0          -1
+    weight          w           w           w           w           0       1 / pairs of the global batch
+
+A pair is one item to the packer, so no micro-batch border cuts it. Order and state are those of `data.loader`.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from dqjax.config import ConfigError
+from dqjax.data.chat import ChatFormat
+from dqjax.data.config import DataConfig, SourceConfig
+from dqjax.data.documents import write_rejected
+from dqjax.data.loader import Loader, Stage
+from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing, pack_rows
+from dqjax.data.records import BadRow, Record, question_key
+from dqjax.data.sources import Rejected, merge_columns, read_rows, records_in
+from dqjax.data.split import hold_out, weigh, without_questions
+from dqjax.data.tokenise import turn_mode
+from dqjax.types import Batch
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 512  # rows tokenised at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairSet:
+    """Tokenised pairs of one or several sources.
+
+    Attributes:
+      sequences: (chosen, rejected) token ids, each with the prompt that both share.
+      answer_start: tokens before it are the prompt.
+      question: `question_key`, equal for pairs of the same problem.
+      source: index into `sources`.
+      values: the columns asked for (`beta`, `margin`), one number a pair.
+      ids: the stable id of each pair.
+      sources: labels.
+    """
+
+    sequences: Sequence[tuple[np.ndarray, np.ndarray]]
+    answer_start: Int[np.ndarray, " P"]
+    question: Int[np.ndarray, " P"]
+    source: Int[np.ndarray, " P"]
+    values: Mapping[str, Float[np.ndarray, " P"]]
+    ids: Sequence[str]
+    sources: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def prompt(self, pair: int) -> np.ndarray:
+        """The token ids of a pair's prompt."""
+        return self.sequences[pair][0][: self.answer_start[pair]]
+
+    def take(self, numbers: Int[np.ndarray, " some"]) -> "PairSet":
+        """These pairs alone, numbered anew."""
+        return dataclasses.replace(
+            self,
+            sequences=[self.sequences[n] for n in numbers.tolist()],
+            ids=[self.ids[n] for n in numbers.tolist()],
+            values={name: column[numbers] for name, column in self.values.items()},
+            **{name: getattr(self, name)[numbers] for name in ("answer_start", "question", "source")},
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairRows:
+    """Pairs planned into rows of `row_length` tokens.
+
+    Attributes:
+      pairs: where the tokens are.
+      numbers: item p is pair `numbers[p]`; a pair may occur twice.
+      plan: rows of items.
+    """
+
+    pairs: PairSet
+    numbers: Int[np.ndarray, " items"]
+    plan: RowPlan
+    row_length: int
+
+    @classmethod
+    def of(cls, pairs: PairSet, numbers: Int[np.ndarray, " items"], row_length: int) -> "PairRows":
+        """The rows of the pairs called `numbers`; raises ValueError where one is longer than a row."""
+        lengths = [sum(map(len, pairs.sequences[n])) for n in numbers.tolist()]
+        return cls(pairs, numbers, best_fit_decreasing(lengths, row_length), row_length)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def count(self, r: int) -> int:
+        """Pairs of row r."""
+        return len(self.plan[r])
+
+    def row(self, r: int, weight: float) -> list[Tokens]:
+        """The sequences of row r, chosen before rejected; `weight` is the share of each pair in the loss."""
+        return [sequence for p in self.plan[r].tolist() for sequence in self._pair(p, weight)]
+
+    def _pair(self, p: int, weight: float) -> Iterator[Tokens]:
+        n = int(self.numbers[p])
+        values = {"row": n, "pair_id": p, "source": int(self.pairs.source[n]), "weight": weight}
+        values |= {name: float(column[n]) for name, column in self.pairs.values.items()}
+        for ids, chosen in zip(self.pairs.sequences[n], (1, 0)):
+            yield Tokens(ids, np.arange(len(ids)) >= self.pairs.answer_start[n], values | {"chosen": chosen})
+
+
+class PairLoader(Loader):
+    """A `Source` of batches of pairs, without end; their weights are normalised over the global batch."""
+
+    def __init__(self, rows: PairRows, **options: Any):
+        """`options` are those of `Loader`."""
+        super().__init__([Stage(rows, None)], **options)
+        self.columns = 2 * rows.plan.columns
+
+    def batch_at(self, position: int) -> Batch:
+        """The batch whose first row is number `position` since the start of training."""
+        rows = self.stages[0].rows
+        places = [self._shuffled(*self._locate(p)) for p in range(position, position + self.batch_rows)]
+        weight = 1.0 / sum(rows.count(r) for r in places)
+        local = [rows.row(places[i], weight) for i in self.local_rows]
+        return pack_rows(local, self.row_length, columns=self.columns, reduction="sum", pad_id=self._pad_id)
+
+
+class PairEvaluation:
+    """Held-out pairs in a fixed order; iterating yields batches, the last filled up with empty rows.
+
+    Weights are normalised over the whole set: the batches' losses add up to the mean over its pairs.
+    """
+
+    def __init__(self, rows: PairRows, *, batch_rows: int, local_rows: Sequence[int] | None = None, pad_id: int = 0):
+        self.rows, self.batch_rows = rows, batch_rows
+        self.local_rows = list(range(batch_rows) if local_rows is None else local_rows)
+        self._pad_id = pad_id
+
+    @property
+    def pairs(self) -> PairSet:
+        """The held-out ones; the side value `row` numbers them."""
+        return self.rows.pairs
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows, weight = self.rows, 1.0 / len(self.rows.numbers)
+        for first in range(0, len(rows), self.batch_rows):
+            local = [rows.row(first + i, weight) if first + i < len(rows) else [] for i in self.local_rows]
+            # One row more, dropped again: a host whose rows are all empty then has the side arrays of the others.
+            batch = pack_rows(
+                [*local, rows.row(0, weight)],
+                rows.row_length,
+                columns=2 * rows.plan.columns,
+                reduction="sum",
+                pad_id=self._pad_id,
+            )
+            yield jax.tree.map(lambda x: x[:-1], batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairData:
+    """What a run on pairs reads: `data.loader.TrainingData` for pairs."""
+
+    loader: PairLoader
+    validation: PairEvaluation | None
+    pairs: PairSet
+    counts: Mapping[str, int]
+
+
+def open_pair_data(
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    batch_rows: int,
+    local_rows: Sequence[int] | None = None,
+    columns: Sequence[str] = (),
+    whole: bool = False,
+) -> PairData:
+    """Reads, tokenises, splits, packs and orders the pairs that a `data:` section names.
+
+    Args:
+      tokenizer: from `dqjax.data.tokenizer.load_tokenizer`.
+      batch_rows: B, rows of the global batch.
+      local_rows: positions in it that this process supplies; by default all.
+      columns: number columns that every row must have: `beta` (above 0), `margin` (at least 0).
+      whole: sequences end as the template ends a conversation, see `closing_ids`.
+
+    Raises:
+      ConfigError: data that cannot be read, leave nothing to train on, or settings that pairs do not know.
+    """
+    _refuse_other_settings(config)
+    chat = ChatFormat.of(tokenizer)
+    closing = closing_ids(chat) if whole else []
+    pairs, counts = load_pairs(config, config.sources, chat, columns, closing)
+    held, train = None, np.arange(len(pairs))
+    if isinstance(config.validation, str):
+        source = SourceConfig(path=config.validation)
+        held, _ = load_pairs(config.model_copy(update={"quarantine": None}), [source], chat, columns, closing)
+        train = without_questions(pairs, held)
+        counts["overlap_removed"] = len(pairs) - len(train)
+    elif config.validation is not None:
+        out, train = hold_out(pairs, config.validation, config.seed)
+        held = pairs.take(out)
+    if not len(train):
+        raise ConfigError("data: every training pair asks a held-out question")
+    rows = PairRows.of(pairs, weigh(config.sources, pairs.source, train, config.seed), config.row_length)
+    placing = {"batch_rows": batch_rows, "local_rows": local_rows, "pad_id": tokenizer.pad_token_id}
+    loader = PairLoader(rows, seed=config.seed, prefetch=config.prefetch, **placing)
+    validation = None
+    if held is not None:
+        validation = PairEvaluation(PairRows.of(held, np.arange(len(held)), config.row_length), **placing)
+        counts["held_out"] = len(held)
+    return PairData(loader, validation, pairs, counts | {"pairs": len(rows.numbers), "rows": len(rows)})
+
+
+def load_pairs(
+    config: DataConfig,
+    sources: Sequence[SourceConfig],
+    chat: ChatFormat,
+    columns: Sequence[str] = (),
+    closing: Sequence[int] = (),
+) -> tuple[PairSet, dict[str, int]]:
+    """The pairs of `sources` that fit into a row, and counts of the others; those go to the quarantine file.
+
+    Raises:
+      ConfigError: a source cannot be read, more than `max_bad_share` of the rows are bad (too long is not bad), or none
+        is left.
+    """
+    found: list[tuple[int, Record, np.ndarray, np.ndarray, int, list[float]]] = []
+    bad: list[Rejected] = []
+    too_long: list[Rejected] = []
+    read = 0
+    for i, source in enumerate(sources):
+        names = merge_columns(config.columns, source.columns)
+        rows = iter(tqdm(read_rows(source), f"tokenising {source.label}", unit=" rows", disable=None, mininterval=1.0))
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            read += len(chunk)
+            items = [(raw, item) for raw in chunk for item in records_in(raw, names, source.label)]
+            bad += [item for _, item in items if isinstance(item, Rejected)]
+            records = [(raw, item) for raw, item in items if isinstance(item, Record)]
+            for (raw, record), made in zip(records, _tokenise([r for _, r in records], config, chat, columns)):
+                if isinstance(made, BadRow):
+                    bad.append(Rejected(raw.file, raw.line, str(made)))
+                    continue
+                chosen, rejected, start, numbers = made
+                chosen, rejected = (np.array([*ids, *closing], np.int32) for ids in (chosen, rejected))
+                if (length := len(chosen) + len(rejected)) > config.row_length:
+                    reason = f"the pair has {length} tokens, over data.row_length = {config.row_length}"
+                    too_long.append(Rejected(raw.file, raw.line, reason))
+                    continue
+                found.append((i, record, chosen, rejected, start, numbers))
+    rejected_rows = sorted(bad + too_long, key=lambda row: (row.file, row.line))
+    write_rejected(rejected_rows, read, max_share=1.0, path=config.quarantine)
+    if len(bad) > config.max_bad_share * read:
+        first = bad[0]
+        raise ConfigError(
+            f"{len(bad)} of {read} rows are no usable pair, more than data.max_bad_share = {config.max_bad_share:g}; "
+            f"the first at {first.file}:{first.line}: {first.reason}"
+        )
+    if not found:
+        raise ConfigError(f"data: no pair of {read} rows in {', '.join(s.label for s in sources)} can be used")
+    pairs = PairSet(
+        sequences=[(chosen, rejected) for _, _, chosen, rejected, _, _ in found],
+        answer_start=np.array([start for *_, start, _ in found], np.int32),
+        question=np.array([question_key(record) for _, record, *_ in found], np.int64),
+        source=np.array([i for i, *_ in found], np.int32),
+        values={name: np.array([numbers[k] for *_, numbers in found]) for k, name in enumerate(columns)},
+        ids=[record.id for _, record, *_ in found],
+        sources=tuple(s.label for s in sources),
+    )
+    return pairs, {"bad": len(bad), "too_long": len(too_long)}
+
+
+def closing_ids(chat: ChatFormat) -> list[int]:
+    """What the template writes behind an answer's end mark; for Qwen a newline.
+
+    A served conversation ends with it, and a classifier is read at the last token: it must be there in training too.
+    """
+    said = [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}]
+    ids = chat.encode([chat.tokenizer.apply_chat_template(said, tokenize=False)])[0]
+    return ids[len(ids) - ids[::-1].index(chat.end_id) :]
+
+
+def _tokenise(
+    records: Sequence[Record], config: DataConfig, chat: ChatFormat, columns: Sequence[str]
+) -> list[tuple[np.ndarray, np.ndarray, int, list[float]] | BadRow]:
+    """(chosen, rejected, answer_start, numbers) of each record, or why there are none."""
+    checked: list[list[float] | BadRow] = []
+    for record in records:
+        try:
+            checked.append(_check(record, turn_mode(record, config), columns))
+        except BadRow as bad:
+            checked.append(bad)
+    good = [record for record, row in zip(records, checked) if not isinstance(row, BadRow)]
+    modes = [turn_mode(record, config) for record in good]
+    sides = [
+        iter(chat.turns([dataclasses.replace(r, messages=(*r.messages, getattr(r, side))) for r in good], modes))
+        for side in ("chosen", "rejected")
+    ]
+    return [row if isinstance(row, BadRow) else _join(*map(next, sides), row) for row in checked]
+
+
+def _check(record: Record, mode: str, columns: Sequence[str]) -> list[float]:
+    """The numbers of a row's columns; raises BadRow for a row that is no pair."""
+    if record.chosen is None or record.rejected is None:
+        raise BadRow("not a pair: expected the columns prompt, chosen, rejected")
+    if mode == "on" and (record.chosen.reasoning is None or record.rejected.reasoning is None):
+        raise BadRow("an answer without a chain, and thinking is on")
+    numbers = []
+    for name in columns:
+        value = record.extra.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise BadRow(f"{name}: expected a number, got {value!r}")
+        if value < 0 or (name == "beta" and value == 0):
+            raise BadRow(f"{name}: expected {'above' if name == 'beta' else 'at least'} 0, got {value!r}")
+        numbers.append(float(value))
+    return numbers
+
+
+def _join(chosen: Any, rejected: Any, numbers: list[float]) -> tuple[np.ndarray, np.ndarray, int, list[float]] | BadRow:
+    """A pair of the last turns of two rendered conversations."""
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(turns, BadRow):
+            return BadRow(f"{name}: {turns}")
+    (good, bad), start = (chosen[-1].ids, rejected[-1].ids), chosen[-1].answer_start
+    if rejected[-1].answer_start != start or not np.array_equal(good[:start], bad[:start]):
+        return BadRow("chosen and rejected stand behind different prompts: one has a chain and the other none")
+    if np.array_equal(good, bad):
+        return BadRow("chosen and rejected are equal once rendered")
+    return good, bad, start, numbers
+
+
+def _refuse_other_settings(config: DataConfig) -> None:
+    """Raises ConfigError for what documents know and pairs do not."""
+    for key, usual in (("too_long", "drop"), ("train_on_prompt", False), ("curriculum", None)):
+        if (got := getattr(config, key)) != usual:
+            said = "null" if usual is None else str(usual).lower()
+            raise ConfigError(f"data.{key}: pairs know only {said}, got {got}; leave the key out")

@@ -1,0 +1,58 @@
+"""objective: preference. Pairs, packed, into DPO or CogPO against a frozen copy of the starting weights."""
+
+import logging
+import pathlib
+
+from dqjax.config import ConfigError
+from dqjax.data.pair_loader import open_pair_data
+from dqjax.load import Model, read_parameters
+from dqjax.objectives.setup import Setup, measure, with_sample
+from dqjax.sharding import Rules
+from dqjax.steps.preference import make_preference_loss
+from dqjax.train_config import Config
+from dqjax.trainer import local_rows, placer
+
+log = logging.getLogger(__name__)
+
+
+def preference(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup:
+    """Reads and packs the pairs; raises ConfigError for data that cannot be used."""
+    rows, objective = config.train.batch_rows, config.objective
+    if objective.reference != "frozen":
+        raise ConfigError("objective.reference: only frozen is wired to training so far, got cached")
+    cogpo = objective.loss == "cogpo"
+    data = open_pair_data(
+        config.data.model_copy(update={"quarantine": config.data.quarantine or str(run / "quarantine.jsonl")}),
+        model.tokenizer,
+        batch_rows=rows,
+        local_rows=local_rows(rules, rows),
+        columns=("beta",) if cogpo else (),
+    )
+    log.info("data: %s", "  ".join(f"{k} {v}" for k, v in data.counts.items()))
+    sources = data.pairs.sources
+    labels = {"accuracy_by_source": sources}
+    loss = make_preference_loss(
+        model.decoder,
+        rules,
+        beta=None if cogpo else objective.beta,
+        length_normalised=objective.length_normalised,
+        reference="frozen",
+        groups={"source": len(sources)} if len(sources) > 1 else None,
+    )
+    evaluate = None
+    if data.validation is not None:
+        evaluate = measure(loss, data.validation, placer(rules, rows), labels)
+        if config.train.sample_tokens:
+            prompt = data.validation.pairs.prompt(0).tolist()
+            evaluate = with_sample(evaluate, model, prompt, config.train.sample_tokens, run / "samples.jsonl")
+    return Setup(
+        trainable=model.decoder,
+        initial=lambda: read_parameters(model),
+        loss=loss,
+        source=data.loader,
+        steps=config.train.steps or data.loader.batches_of(config.train.epochs),
+        labels=labels,
+        evaluate=evaluate,
+        frozen={"reference": read_parameters(model)},  # read apart: the trained copy is donated to the first step
+        close=data.loader.close,
+    )
