@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -38,6 +38,19 @@ PEAK_FLOPS = {
 def peak_flops(device: Any) -> float | None:
     """Peak of one device, or None where the datasheet rate is not known (a CPU)."""
     return next((rate for name, rate in PEAK_FLOPS.items() if name in device.device_kind), None)
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A source that has numbers of its own on the batch it made last, such as rewards and seconds.
+
+    Attributes:
+      bounds: metric (a `Max`) → the most it may be; the run stops when it is more.
+    """
+
+    bounds: Mapping[str, float]
+
+    def metrics(self) -> Metrics: ...
 
 
 class Work(NamedTuple):
@@ -142,6 +155,7 @@ class Recorder:
       max_skipped: more skipped (non-finite) steps than this end the run.
       names: labels of vector metrics, see `scalars`.
       counters: sums that outlive a restart: tokens, skipped, device_hours.
+      source: where the batches come from; one that is `Reporting` adds its numbers to each step's.
     """
 
     def __init__(
@@ -157,12 +171,14 @@ class Recorder:
         names: Mapping[str, Sequence[str]] | None = None,
         counters: Mapping[str, float] | None = None,
         start: int = 0,
+        source: Any = None,
     ):
         self.counters = {"tokens": 0, "skipped": 0, "device_hours": 0.0, **(counters or {})}
         self.last: dict[str, float] = {}
         self._writer, self._steps, self._every, self._max_skipped = writer, steps, every, max_skipped
         self._model = (matmul_parameters, attention_width)
         self._schedule, self._names = schedule, names
+        self._source = source if isinstance(source, Reporting) else None
         self._pending: tuple[int, Metrics, Work] | None = None
         self._window: list[tuple[dict[str, Any], Work]] = []
         self._devices = jax.device_count()
@@ -173,7 +189,8 @@ class Recorder:
         self._bar = tqdm(total=steps, initial=start, disable=quiet, unit="step", dynamic_ncols=True)
 
     def __call__(self, step: int, state: Any, metrics: Metrics, batch: Batch) -> None:
-        previous, self._pending = self._pending, (step, metrics, work_of(batch, *self._model))
+        own = self._source.metrics() if self._source else {}
+        previous, self._pending = self._pending, (step, {**metrics, **own}, work_of(batch, *self._model))
         if previous is not None:
             self._settle(*previous)
 
@@ -219,6 +236,9 @@ class Recorder:
                 f"{self.counters['skipped']} steps had a loss or gradient that is not finite, more than "
                 f"train.max_skipped = {self._max_skipped}; lower optimizer.learning_rate or look at the data of these steps"
             )
+        for name, bound in (self._source.bounds if self._source else {}).items():
+            if not metrics[name].value <= bound:  # NaN is over every bound
+                raise FloatingPointError(f"step {step}: {name} is {metrics[name].value:.3g}, over its bound of {bound:g}")
 
     def _record(self, step: int, now: float) -> None:
         total: Metrics = {}

@@ -59,11 +59,15 @@ def fit(
 
 
 def placer(rules: Rules, rows: int) -> Callable[[Batch], Batch]:
-    """Turns a host's rows (numpy) into the global batch of `rows` rows (jax.Array, split as the rules say)."""
+    """Turns a host's rows (numpy) into the global batch (jax.Array, split as the rules say).
+
+    A batch has `rows` rows, or a whole multiple of them where a source cannot know how many it needs.
+    """
+    here = len(local_rows(rules, rows))
 
     def place(batch: Batch) -> Batch:
         def put(x: np.ndarray) -> jax.Array:
-            shape = (rows, *x.shape[1:])
+            shape = (rows * len(x) // here, *x.shape[1:])
             return jax.make_array_from_process_local_data(rules.sharding(("batch",), shape), x, shape)
 
         return jax.tree.map(put, batch)
