@@ -16,7 +16,6 @@ Every other column of the source passes through untouched.
 """
 
 import datetime
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -143,7 +142,7 @@ def note(row: Row, field: str, stage: str, by: str, *, request: Request | None =
         "stage": stage,
         "by": by,
         "prompt": request.prompt if request else "",
-        "sampling": json.dumps(request.sampling.model_dump(), sort_keys=True) if request else "",
+        "sampling": request.sampling.as_text if request else "",
         "time": _iso(reply.time) if reply else "",
     }
     older = [e for e in row.get("provenance") or [] if e["field"] != field]

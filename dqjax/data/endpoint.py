@@ -18,6 +18,8 @@ import email.utils
 import json
 import os
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,6 +105,7 @@ class Endpoint:
         self._tokens = Bucket(config.tokens_per_minute) if config.tokens_per_minute else None
         self._mean_answer = 0.0
         self._key = os.environ.get(config.key_env, "none")
+        self._proxy = _proxy_of(config.url)
         self._url = config.url.rstrip("/") + "/chat/completions"
         self._headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         # sock_read is the longest silence; it also covers the time to the first byte, which is the whole answer
@@ -171,8 +174,9 @@ class Endpoint:
         if self._config.stream:
             sent |= {"stream": True, "stream_options": {"include_usage": True}}
         data = json.dumps(sent).encode("utf-8", "surrogatepass")
+        options = {"headers": self._headers, "timeout": self._timeout, "proxy": self._proxy}
         try:
-            async with self._session.post(self._url, data=data, headers=self._headers, timeout=self._timeout) as response:
+            async with self._session.post(self._url, data=data, **options) as response:
                 if response.status != 200:
                     raise self._refusal(response, await response.text(errors="replace"))
                 match response.content_type:
@@ -201,6 +205,14 @@ class Endpoint:
     def _clean(self, text: str) -> str:
         """Without the key, should the server repeat it."""
         return text.replace(self._key, "***") if self._key != "none" else text
+
+
+def _proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for a URL; aiohttp would look it up, in a thread, at every request."""
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

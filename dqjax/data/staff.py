@@ -68,7 +68,7 @@ class Staff:
             elsewhere = sum(tokens_in(path) for path in _siblings(journal_path)) if limit is not None else 0
             budget = Budget(limit, journal.spent + elsewhere, journal.charge)
             # The slots of the endpoints bound the connections; the pool itself has no limit.
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=True) as session:
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
                 for config in configs:
                     self._working[config.name] = Journaled(self._open(config, session, budget), journal, usage)
                 try:

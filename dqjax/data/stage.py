@@ -15,6 +15,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
@@ -179,8 +180,8 @@ class Job:
                 # head does not leave the endpoints idle.
                 await self._map_ordered(transform, 8 * parallel)
 
-        with self._writing():
-            asyncio.run(main())
+        with self._writing(), _rare_collections(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(main())
 
     def teacher(self, name: str) -> Teacher:
         """A teacher that is at work."""
@@ -260,6 +261,26 @@ def rejection(row: Row, reason: str, *, failed: bool = False) -> Rejection:
 def failure(row: Row, failed: CallFailed, id: str | None = None) -> Rejection:
     """The rejection of a row whose call got no usable answer."""
     return Rejection(id or row["id"], row["problem_id"], str(failed), True)
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Thousands of waiting tasks are many objects to trace, and no garbage: a fifth of the CPU a call without this."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed (orbax brings it along): a third less CPU a call."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def _short(reason: str) -> str:

@@ -6,6 +6,7 @@ this process, `Journaled` wraps either so that an answer is on disk before it co
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import json
 import random
@@ -37,6 +38,11 @@ class SamplingConfig(Section):
     min_p: float = pydantic.Field(0.0, ge=0, lt=1)
     max_tokens: int = pydantic.Field(16384, ge=1)
     seed: int = 0
+
+    @functools.cached_property
+    def as_text(self) -> str:
+        """The settings as JSON, for keys and provenance."""
+        return json.dumps(self.model_dump(), sort_keys=True)
 
 
 class LocalConfig(Section):
@@ -98,9 +104,15 @@ class Request:
 
     def key(self, model: str) -> str:
         """32 hex digits that are equal for the same question to the same model."""
-        said = [[m.role, m.content, m.reasoning] for m in self.messages]
-        plain = json.dumps([model, said, self.sampling.model_dump(), self.sample])
-        return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        parts = [model, self.sampling.as_text, str(self.sample)]
+        for message in self.messages:
+            parts += [message.role, message.content, "" if message.reasoning is None else f"r{message.reasoning}"]
+        for part in parts:
+            data = part.encode("utf-8", "surrogatepass")
+            digest.update(b"%d:" % len(data))
+            digest.update(data)
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,6 +133,10 @@ class Reply:
     model: str
     time: float
     seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the journal has it; `Reply(**...)` is the inverse."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class CallFailed(Exception):
@@ -236,7 +252,7 @@ class Journaled:
         future = self._waiting[key] = asyncio.get_running_loop().create_future()
         try:
             reply = await self._teacher.ask(request)
-            self._journal.put(key, reply.prompt_tokens + reply.completion_tokens, dataclasses.asdict(reply))
+            self._journal.put(key, reply.prompt_tokens + reply.completion_tokens, reply.to_dict())
             future.set_result(reply)
             return self._counted(reply)
         except BaseException as e:
