@@ -4,7 +4,7 @@
       config.yaml               the config of the run, overrides included
       model/                    config.json, tokenizer files, licence of the base
       checkpoints/step_*/       parameters, optimizer, data state, with manifests
-      metrics.jsonl tensorboard/ samples.jsonl quarantine.jsonl
+      metrics.jsonl tensorboard/ samples.jsonl quarantine.jsonl rollouts.jsonl
       compilations/             compiled programs, so that a restart does not compile again
 
 A run started again in its folder goes on where its newest intact checkpoint left it.
@@ -210,6 +210,7 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.max_skipped",
     "train.sample_tokens",
+    "objective.table",
     "model.remat",
     "model.attention_backend",
     "data.quarantine",
