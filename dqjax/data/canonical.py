@@ -25,7 +25,7 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
 
 def tokens(text: str) -> list[str]:
     """Words, numbers and operators of a text in canonical form."""
-    text = _FRACTION.sub(r"\\frac", normalise_question(text))
+    text = _FRACTION.sub(r"\\frac", normalise_question(text)).replace("{,}", ",")
     text = _COMMA.sub("", _DRESS.sub(" ", text))
     return _numbers(_TOKEN.findall(text))
 

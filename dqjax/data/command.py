@@ -1,11 +1,13 @@
 """The command line of the stages and of the pipeline: one shape for all of them."""
 
 import argparse
+import dataclasses
+import pathlib
 from collections.abc import Callable
 from types import ModuleType
 
 from dqjax.config import ConfigError
-from dqjax.data.pipeline import PipelineConfig, Step, estimate, read_pipeline, run_pipeline, run_step, summary
+from dqjax.data.pipeline import PipelineConfig, Step, estimate, lone_step, read_pipeline, run_pipeline, run_step, summary
 from dqjax.data.stage import Shard
 from dqjax.data.teacher import Teacher, TeacherConfig
 
@@ -13,7 +15,7 @@ MakeLocal = Callable[[TeacherConfig], Teacher]
 
 
 class StageCommand:
-    """`python -m dqjax.data STAGE --config FILE`: runs the steps of that stage in a pipeline's file."""
+    """`python -m dqjax.data STAGE`: the steps of that stage in a pipeline's file, or one step on files named here."""
 
     def __init__(self, stage: str, module: ModuleType, make_local: MakeLocal):
         self.HELP, self.__doc__ = module.HELP, module.__doc__
@@ -21,26 +23,41 @@ class StageCommand:
         self._stage, self._make_local = stage, make_local
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        _add_config(parser)
+        _add_config(parser, required=False)
         parser.add_argument("--step", metavar="NAME", help="the step to run, where the file has several of this stage")
+        parser.add_argument("--input", nargs="+", metavar="FILE", help="read these instead of what the step before wrote")
+        parser.add_argument("--output", metavar="FILE", help="write here, .jsonl or .parquet")
         parser.add_argument("--shard", metavar="i/n", help="only part i of n (from 0); `merge` puts the parts together")
 
     def run(self, args: argparse.Namespace) -> None:
-        config, steps = read_pipeline(args.config, args.overrides)
+        config, steps = self._steps(args)
+        if args.estimate:
+            print(estimate(config, steps, make_local=self._make_local))
+            return
+        shard = Shard.parse(args.shard) if args.shard else None
+        for step in steps:
+            job = run_step(config, step, make_local=self._make_local, shard=shard)
+            print(f"{job.output}: {summary(job.counts)}")
+
+    def _steps(self, args: argparse.Namespace) -> tuple[PipelineConfig, list[Step]]:
+        # Without `--`, a list of inputs takes what follows it.
+        inputs = [path for path in args.input or () if "=" not in path]
+        overrides = [*(path for path in args.input or () if "=" in path), *args.overrides]
+        if args.config is None:
+            if not (inputs and args.output):
+                raise ConfigError("expected --config FILE, or --input FILE and --output FILE")
+            config, step = lone_step(self._stage, inputs, args.output, overrides)
+            return config, [step]
+        config, steps = read_pipeline(args.config, overrides)
         mine = [step for step in steps if step.stage == self._stage and args.step in (None, step.name)]
         if not mine:
             there = ", ".join(f"{step.name} ({step.stage})" for step in steps)
             raise ConfigError(f"{args.config} has no step {args.step or 'of the stage ' + self._stage}; it has {there}")
-        if args.estimate:
-            print(estimate(config, mine, make_local=self._make_local))
-            return
-        shard = Shard.parse(args.shard) if args.shard else None
-        for step in mine:
-            self._run_step(config, step, shard)
-
-    def _run_step(self, config: PipelineConfig, step: Step, shard: Shard | None) -> None:
-        job = run_step(config, step, make_local=self._make_local, shard=shard)
-        print(f"{job.output}: {summary(job.counts)}")
+        if (inputs or args.output) and len(mine) > 1:
+            raise ConfigError(f"--input and --output are for one step; name it: --step {' or '.join(s.name for s in mine)}")
+        if inputs:
+            mine = [dataclasses.replace(mine[0], inputs=tuple(inputs))]
+        return config, [dataclasses.replace(mine[0], output=pathlib.Path(args.output))] if args.output else mine
 
 
 class PipelineCommand:
@@ -53,7 +70,7 @@ class PipelineCommand:
         self._make_local = make_local
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        _add_config(parser)
+        _add_config(parser, required=True)
         parser.add_argument("--again", action="store_true", help="run steps that had failures once more; only those are asked")
 
     def run(self, args: argparse.Namespace) -> None:
@@ -64,7 +81,7 @@ class PipelineCommand:
             run_pipeline(config, steps, make_local=self._make_local, again=args.again)
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file: out, teachers, steps")
+def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--config", required=required, metavar="FILE", help="YAML file: out, teachers, steps")
     parser.add_argument("--estimate", action="store_true", help="run 20 rows, print tokens, money and hours of the whole")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's; STEP.key=value for a step's")

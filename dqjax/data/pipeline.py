@@ -121,6 +121,19 @@ def read_pipeline(path: str, overrides: Sequence[str] = ()) -> tuple[PipelineCon
     return config, steps
 
 
+def lone_step(stage: str, inputs: Sequence[str], output: str, settings: Sequence[str]) -> tuple[PipelineConfig, Step]:
+    """A step without a file, for stages that need no teacher; `settings` are `key=value` of the stage's own keys."""
+    values: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text!r}: expected key=value")
+        _assign(values, key.split("."), yaml.safe_load(value))
+    path = pathlib.Path(output)
+    config = PipelineConfig(out=str(path.parent), steps=({"stage": stage},))
+    return config, Step(path.stem, stage, validate(STAGES[stage].Config, values, where=stage), tuple(inputs), path)
+
+
 def run_pipeline(
     config: PipelineConfig,
     steps: Sequence[Step],

@@ -1,6 +1,6 @@
 """Critique, rethink, verify: chains brought to what a student can follow.
 
-CRV (Cai et al., "Reasoning with OmniThought" and its sibling on critique-rethink-verify) [S]: a critic that plays the
+CRV (Cai et al. 2025, "Training Small Reasoning LLMs with Cognitive Preference Alignment") [S]: a critic that plays the
 student rates each correct chain easy (steps skipped), medium or hard. A rethinker expands easy ones and simplifies hard
 ones; medium ones stay. The verifier accepts a rewritten chain that still reaches the reference answer; another goes back to
 the rethinker, a bounded number of times.
