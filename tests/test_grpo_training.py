@@ -1,12 +1,18 @@
 """Training on a policy's own samples: what a run leaves behind, its resumption, and its bounds."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
 from dqjax import train
 from dqjax.commands import run_command
+from dqjax.data.chat import parse_response
+from dqjax.data.records import Message, Record
+from dqjax.objectives.groups import Groups, PolicyConfig, Question
+from dqjax.rewards.mix import Mix
+from dqjax.rollout.engine import Sample
 from tests.test_train import curve, parameters
 from tests.workspace import DEBUG, make_workspace, overrides
 
@@ -61,13 +67,133 @@ def test_samples_are_written_with_their_rewards(whole):
 
 def test_a_resumed_run_samples_what_the_whole_one_did(workspace, whole):
     """Bit for bit: the curve, the samples, and the last state."""
-    more = ("train.steps=3", "objective.table=2")
+    more = ("train.steps=3", "objective.table=2", "checkpoint.every=1", "checkpoint.keep=3")
     stopped = workspace / "stopped"
-    assert run(workspace, "stopped", *more, "checkpoint.every=1") == 0
+    assert run(workspace, "stopped", *more) == 0
     for later in sorted((stopped / "checkpoints").glob("step_*"))[1:]:
         later.rename(workspace / f"removed-{later.name}")
-    assert run(workspace, "stopped", *more, "checkpoint.every=1") == 0
+    assert run(workspace, "stopped", *more) == 0
     assert curve(stopped) == curve(whole)
     assert (stopped / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
     for a, b in zip(parameters(stopped)[1], parameters(whole)[1], strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_sampler_that_disagrees_stops_the_run(workspace, capsys):
+    assert run(workspace, "gap", "objective.max_sampler_gap=1e-12") == 1
+    assert "step 1: sampler_gap is" in capsys.readouterr().err
+    assert not list((workspace / "gap" / "checkpoints").glob("step_*"))
+
+
+def test_the_reference_is_where_the_run_began(workspace):
+    assert run(workspace, "kl", "objective.kl=0.04", "objective.max_sampler_gap=null", "data.validation=null") == 0
+    first, second = (row["kl"] for row in lines(workspace / "kl" / "metrics.jsonl"))
+    assert first < 1e-12 < second  # at first the two differ by rounding alone
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.thinking=on", "data.thinking: nothing to objective grpo"),
+        ("data.row_length=66", "hold no prompt"),
+        ("objective.prompts=100000", "objective.prompts: 100000 problems an update"),
+        ("objective.reward.verbosity={weight: 0.1}", "objective.reward.verbosity needs an RV/CD scorer"),
+        ("objective.group_size=1", "objective.group_size"),
+        ("objective.temprature=1", "objective.temprature: unknown key; did you mean temperature?"),
+    ],
+)
+def test_bad_configuration_stops_before_anything_is_compiled(workspace, capsys, monkeypatch, override, message):
+    monkeypatch.setattr(train, "make_step", lambda *_, **__: pytest.fail("reached compilation"))
+    assert run(workspace, "bad", override) == 2
+    assert message in capsys.readouterr().err
+
+
+class Engine:
+    """Completions of 1 to 4 tokens: as many as the seed says for the problems in `varied`, else two."""
+
+    def __init__(self, varied):
+        self.varied, self.seeds = varied, []
+
+    def generate(self, params, prompts):
+        for prompt in prompts:
+            self.seeds.append(prompt.seed)
+            n = 1 + prompt.seed % 4 if prompt.token_ids[0] in self.varied else 2
+            yield Sample(tuple(range(50, 50 + n)), tuple(-0.5 - i for i in range(n)), "stop")
+
+
+def make_groups(folder, varied, *, problems=6, seed=0, **config):
+    chat = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(decode=str), parse=lambda text, thinking: parse_response(text), opens_block=False
+    )
+    questions = [
+        Question(Record(id=str(i), messages=(Message("user", f"question {i}"),), problem=str(i)), (i, 40, 41))
+        for i in range(problems)
+    ]
+    reward = {"correct": None, "overlong": {"weight": 1.0}, "overlong_punishment": {"limit": 4, "buffer": 4}}
+    config = PolicyConfig(prompts=2, group_size=4, max_new_tokens=4, reward=reward, **config)
+    shape = {"row_length": 16, "row_multiple": 4}
+    return Groups(questions, Engine(varied), chat, Mix(config.reward), config, seed=seed, table=folder / "table.jsonl", **shape)
+
+
+def step(n):
+    return types.SimpleNamespace(step=n, params=None)
+
+
+def test_a_batch_of_groups(tmp_path):
+    source = make_groups(tmp_path, varied=set(range(6)))
+    batch = source.next(step(0), None)
+    sampled = batch.token_weight != 0
+    assert sampled.sum() == 2 * (1 + 2 + 3 + 4)
+    assert batch.token_weight.sum() == pytest.approx(1)
+    assert (batch.targets[sampled] >= 50).all() and (batch.targets[~sampled] < 50).all()
+    np.testing.assert_array_equal(batch.side["sample_logprobs"][sampled], -0.5 - (batch.targets[sampled] - 50))
+    assert not batch.side["sample_logprobs"][~sampled].any()
+    assert abs(batch.side["advantage"].sum()) < 1e-5 and len(np.unique(batch.side["advantage"])) == 5  # four, and the 0 of empty columns
+    assert len(batch.tokens) % 4 == 0
+
+
+def test_an_epoch_asks_each_problem_once_and_seeds_no_sample_twice(tmp_path):
+    source = make_groups(tmp_path, varied=set(range(6)))
+    for n in range(6):
+        source.next(step(n), None)
+    assert source._engine.seeds == list(range(6 * 2 * 4))
+    asked = [row["id"] for row in lines(tmp_path / "table.jsonl")][::4]
+    assert sorted(asked[:6]) == sorted(asked[6:]) == [str(i) for i in range(6)]
+    assert asked[:6] != asked[6:]
+
+
+def test_the_state_is_all_that_a_source_remembers(tmp_path):
+    """A source set to the state of another one goes on as that one does, and rewrites the table from there."""
+    whole, later = make_groups(tmp_path, varied=set(range(6))), make_groups(tmp_path, varied=set(range(6)))
+    whole.next(step(0), None)
+    state = json.loads(json.dumps(whole.get_state()))
+    expected = whole.next(step(1), None)
+    written = (tmp_path / "table.jsonl").read_text()
+    later.set_state(state)
+    found = later.next(step(1), None)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.side["advantage"], expected.side["advantage"])
+    assert (tmp_path / "table.jsonl").read_text() == written
+
+
+@pytest.mark.parametrize(("uninformative", "groups"), [("keep", 2), ("drop", 1), ("refill", 2)])
+def test_groups_that_teach_nothing(tmp_path, uninformative, groups):
+    """Of each two problems that are drawn together, one has samples of equal rewards."""
+    order = np.random.default_rng([0, 0]).permutation(6).tolist()
+    source = make_groups(tmp_path, varied=set(order[::2]), uninformative=uninformative)
+    batch = source.next(step(0), None)
+    ids = {row["id"] for row in lines(tmp_path / "table.jsonl")}
+    assert len(ids) == groups
+    if uninformative != "keep":
+        assert ids <= {str(i) for i in order[::2]}
+        assert batch.side["advantage"].any(axis=None)
+    share = source.metrics()["equal_rewards"]
+    assert share.total / share.count == (1 / 3 if uninformative == "refill" else 1 / 2)
+    assert source.get_state() == {"drawn": 3 if uninformative == "refill" else 2}
+
+
+def test_a_batch_in_which_nothing_teaches_has_advantages_of_zero(tmp_path):
+    source = make_groups(tmp_path, varied=set(), uninformative="refill", rounds=3)
+    batch = source.next(step(0), None)
+    assert not batch.side["advantage"].any() and batch.token_weight.any()
+    assert source.get_state() == {"drawn": 6}

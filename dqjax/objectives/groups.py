@@ -32,6 +32,8 @@ from dqjax.types import Batch, Mean, Metrics, Params, merge_metrics
 class PolicyConfig(GRPOConfig):
     """objective: grpo. The loss, and what it learns from: how groups are sampled, and what they are rewarded for.
 
+    As many rows as the samples need make an update, empty ones added up to a multiple of train.batch_rows.
+
     prompts: P, problems of one update. group_size: G, samples of each [S: 8].
     max_new_tokens: the limit of a sample, thinking included; with its prompt it has to fit into data.row_length.
     temperature: of sampling, and so of the policy that is trained. No top-k or top-p: they would sample from another one.

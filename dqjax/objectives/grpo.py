@@ -54,6 +54,8 @@ def grpo(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup
 
     train, held = read_problems(config.data, run / "quarantine.jsonl", reference=objective.reward.correct is not None)
     questions = ask(train.records, model, objective, config.data.row_length)
+    if len(questions) < objective.prompts:
+        raise ConfigError(f"objective.prompts: {objective.prompts} problems an update, and the data have {len(questions)}")
     log.info("data: problems %d  held_out %d", len(questions), len(held) if held is not None else 0)
     mix = _make_mix(objective)
     limits = {"stop_ids": model.chat.stop_ids, "vocab": model.vocab, "max_new_tokens": objective.max_new_tokens}
