@@ -6,6 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from dqjax import score
+from dqjax.commands import run_command
+from dqjax.convert.__main__ import main as convert
 from tests.test_train import DEBUG, curve, parameters, run
 from tests.workspace import make_workspace
 
@@ -50,3 +53,45 @@ def test_training_starts_at_even_odds_and_reports_accuracy_margin_and_calibratio
 def test_a_margin_that_is_asked_for_must_be_there(workspace, capsys):
     assert run(workspace, "margin", "objective.margin=true", config=REWARD) == 2
     assert "margin: expected a number, got None" in capsys.readouterr().err
+
+
+def scores_of(workspace, checkpoint, name):
+    pairs, out = workspace / "few.jsonl", workspace / f"{name}.jsonl"
+    lines = (workspace / "runs/chain_sum/data/pairs.jsonl").read_text().splitlines(keepends=True)
+    pairs.write_text("".join(lines[:6]))
+    command = ["--checkpoint", str(checkpoint), "--input", str(pairs), "--output", str(out)]
+    assert run_command(lambda: score.main([*command, "--row-length", "512", "--dtype", "float32"])) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_the_export_scores_as_the_run_does_in_transformers_and_here(workspace):
+    """The same numbers from the run, from transformers on a right-padded batch, and from the export read back."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    assert run(workspace, "served", config=REWARD) == 0
+    ours = scores_of(workspace, workspace / "served", "run")
+    out = workspace / "export"
+    assert convert(["to-hf", str(workspace / "served"), str(out), "--dtype", "float32"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForSequenceClassification"] and config["id2label"] == {"0": "reward"}
+    assert "AutoModelForSequenceClassification" in (out / "README.md").read_text()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    pairs = [json.loads(line) for line in (workspace / "few.jsonl").read_text().splitlines()]
+    chats = [[*pair["prompt"], *pair[side]] for pair in pairs for side in ("chosen", "rejected")]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    inputs = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+    assert (inputs["attention_mask"] == 0).any()
+    with torch.no_grad():
+        theirs = model(**inputs).logits[:, 0].numpy()
+    expected = [row[f"score_{side}"] for row in ours for side in ("chosen", "rejected")]
+    np.testing.assert_allclose(theirs, expected, rtol=1e-4, atol=1e-5)
+    assert np.ptp(expected) > 1e-3
+    assert scores_of(workspace, out, "export") == ours
+    assert convert(["from-hf", str(out), str(workspace / "converted")]) == 0
+    assert scores_of(workspace, workspace / "converted", "converted") == ours
+
+
+def test_a_language_model_is_not_scored_with(workspace, capsys):
+    command = ["--checkpoint", str(workspace / "runs/chain_sum/student"), "--input", "x.jsonl", "--output", "y.jsonl"]
+    assert run_command(lambda: score.main(command)) == 2
+    assert "holds a language model; expected a reward model or a scorer" in capsys.readouterr().err

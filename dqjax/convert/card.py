@@ -25,6 +25,35 @@ _RESEARCH = (
     "which is derived from it, needs a licence from its owner. See LICENSE."
 )
 
+_GENERATE = (
+    "```python",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'folder = "."  # this folder',
+    "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    "model = AutoModelForCausalLM.from_pretrained(folder)",
+    'chat = [{"role": "user", "content": "What is 17 * 23?"}]',
+    'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4096)[0]))",
+    "```\n",
+    "`generation_config.json` holds the recommended sampling and the stop tokens; greedy decoding of long chains",
+    "tends to loop.\n",
+)
+
+_SCORE = (
+    "```python",
+    "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+    "",
+    'folder = "."  # this folder',
+    "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    "model = AutoModelForSequenceClassification.from_pretrained(folder)",
+    'chat = [{"role": "user", "content": "What is 17 * 23?"}, {"role": "assistant", "content": "391"}]',
+    'inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)',
+    "print(model(**inputs).logits)",
+    "```\n",
+    "The logits are raw, read at the last token of the whole conversation as the chat template ends it.\n",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Card:
@@ -40,6 +69,7 @@ class Card:
       parameters: how many.
       training_config: of the run, as YAML; None for a model that was only converted.
       step: of the checkpoint.
+      labels: names of a classifier's logits; empty for a language model.
     """
 
     title: str
@@ -52,10 +82,12 @@ class Card:
     parameters: int
     training_config: str | None = None
     step: int | None = None
+    labels: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The card in the hub's form: front matter, then Markdown."""
-        front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dqjax"]}
+        task = "text-classification" if self.labels else "text-generation"
+        front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, "tags": ["dqjax"]}
         if self.licence.on_hub:
             front["license"] = self.licence.id
         elif self.licence.id not in ("unknown", "none"):
@@ -72,28 +104,20 @@ class Card:
             f"| Licence of the base | {self._licence()} |",
             f"| Teachers | {', '.join(self.teachers) or 'not recorded'} |",
             f"| Data | {', '.join(self.data) or 'not recorded'} |",
-            f"| Thinking | {_MODES[self.thinking]} |",
-            f"| Recommended sampling | {', '.join(f'{k} {v}' for k, v in self.sampling.items())} |",
+            *([f"| Logits | {', '.join(self.labels)} |"] if self.labels else self._generation_rows()),
             f"| Parameters | {self.parameters:,} |",
             f"| Made with | dqjax {dqjax.__version__}{f', checkpoint of step {self.step}' if trained else ''} |",
             "",
             "## Use\n",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'folder = "."  # this folder',
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
-            'chat = [{"role": "user", "content": "What is 17 * 23?"}]',
-            'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4096)[0]))",
-            "```\n",
-            "`generation_config.json` holds the recommended sampling and the stop tokens; greedy decoding of long chains",
-            "tends to loop.\n",
+            *(_SCORE if self.labels else _GENERATE),
         ]
         if trained:
             parts += ["## Training configuration\n", f"```yaml\n{self.training_config.strip()}\n```\n"]
         return "\n".join(parts)
+
+    def _generation_rows(self) -> list[str]:
+        sampling = ", ".join(f"{k} {v}" for k, v in self.sampling.items())
+        return [f"| Thinking | {_MODES[self.thinking]} |", f"| Recommended sampling | {sampling} |"]
 
     def _licence(self) -> str:
         if self.base is None:

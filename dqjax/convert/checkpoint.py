@@ -12,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 import dqjax
 from dqjax.checkpoint import Checkpoints
 from dqjax.config import ConfigError
+from dqjax.convert.classifier import classifier_config
 from dqjax.convert.huggingface import load_params, stored_dtype
 from dqjax.convert.source import ModelSource
 
@@ -54,7 +55,7 @@ def open_checkpoint(source: ModelSource, step: int | None = None) -> tuple[int, 
 def write_checkpoint(source: ModelSource, folder: pathlib.Path) -> None:
     """Writes the weights of a Hugging Face folder as checkpoint 0 of `folder`, in the dtype they are stored in."""
     device = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    params = load_params(source.folder, source.config(), device, dtype=stored_dtype(source.folder))
+    params = load_params(source.folder, classifier_config(source) or source.config(), device, dtype=stored_dtype(source.folder))
     checkpoints = Checkpoints(folder.resolve() / FOLDER)
     try:
         checkpoints.save(0, {"params": params}, {"dqjax": dqjax.__version__, "converted": True})

@@ -12,6 +12,7 @@ import yaml
 
 from dqjax.config import ConfigError
 from dqjax.convert.card import Card
+from dqjax.convert.classifier import ClassifierConfig, classifier_config, classifier_to_huggingface
 from dqjax.convert.checkpoint import open_checkpoint, write_checkpoint
 from dqjax.convert.huggingface import save_params, write_text
 from dqjax.convert.licence import NO_BASE, Licence, licence_files, recognise_licence
@@ -37,7 +38,7 @@ def from_huggingface(name: str, folder: pathlib.Path) -> Licence:
         _copy(source.files, model, ("config.json", "generation_config.json", "README.md", *TOKENIZER_FILES))
         for path in licence_files(source.files):
             shutil.copyfile(path, model / path.name)
-    return recognise_licence(source.files, source.config())
+    return recognise_licence(source.files, classifier_config(source) or source.config())
 
 
 def to_huggingface_folder(
@@ -71,7 +72,9 @@ def to_huggingface_folder(
     source = resolve_model(name)
     if source.kind == "huggingface":
         raise ConfigError(f"{name} is a Hugging Face folder already; to-hf takes a run folder or a converted checkpoint")
-    config, run = source.config(), _run_config(source)
+    run = _run_config(source)
+    config = classifier_config(source) or source.config()
+    classifies = isinstance(config, ClassifierConfig)
     step, read = open_checkpoint(source, step)
     with appearing(folder) as building:
         save_params(read, config, building, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -82,14 +85,16 @@ def to_huggingface_folder(
         thinking = thinking_mode(chat_template(source.files))
         generation = generation_config(source.files, tokens, thinking)
         stops = generation.get("eos_token_id") or [None]
-        values = to_huggingface(config, dtype=dtype) | {
+        values = classifier_to_huggingface(config, dtype=dtype) if classifies else to_huggingface(config, dtype=dtype)
+        values |= {
             "bos_token_id": tokens.get("bos"),
             "eos_token_id": stops[0],
             "pad_token_id": tokens.get("pad"),
             "transformers_version": version("transformers"),
         }
         _write_json(building / "config.json", values)
-        _write_json(building / "generation_config.json", generation)
+        if not classifies:
+            _write_json(building / "generation_config.json", generation)
         base = base or _base_name(source, run)
         card = Card(
             title=folder.resolve().name,
@@ -102,6 +107,7 @@ def to_huggingface_folder(
             parameters=config.num_parameters,
             training_config=yaml.safe_dump(run, sort_keys=False) if run else None,
             step=step,
+            labels=config.labels if classifies else (),
         )
         write_text(building / "README.md", card.text())
     return card

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from dqjax.convert.classifier import ClassifierConfig
 from dqjax.models.config import ModelConfig
 
 
@@ -97,10 +98,11 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "N": config.num_heads,
         "K": config.num_kv_heads,
         "H": config.head_dim,
+        "C": len(config.labels) if isinstance(config, ClassifierConfig) else 0,
     }
 
 
-When = Literal["always", "attention_bias", "qk_norm", "untied"]
+When = Literal["always", "attention_bias", "qk_norm", "untied", "classifier"]
 
 TABLE: tuple[tuple[str, str, str, When], ...] = (
     # stored name ({} is the layer), path here, layout, models that have it
@@ -121,6 +123,7 @@ TABLE: tuple[tuple[str, str, str, When], ...] = (
     ("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down.kernel", "D F -> F D", "always"),
     ("model.norm.weight", "final_norm.scale", "D -> D", "always"),
     ("lm_head.weight", "head.kernel", "V D -> V D", "untied"),
+    ("score.weight", "score.kernel", "C D -> C D", "classifier"),
 )
 
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -160,6 +163,7 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
         "attention_bias": config.attention_bias,
         "qk_norm": config.qk_norm,
         "untied": not config.tie_embeddings,
+        "classifier": isinstance(config, ClassifierConfig),
     }
     return tuple(
         Entry(name, tuple(path.split(".")), Layout.parse(layout), config.num_layers if "{}" in name else None)
