@@ -1,7 +1,7 @@
 """Device time and memory of one candidate, the same way for every framework.
 
-A candidate runs n and then 2n dependent repetitions as one device program; its time is (t₂ₙ - tₙ) / n, so that launch,
-transfer and the host's clock fall out. Candidates take turns, and the median over the rounds is reported with its spread.
+A candidate runs n and then 2n dependent repetitions; its time is (t₂ₙ - tₙ) / n, so that launch, transfer and the
+host's clock fall out. Candidates take turns, and the median over the rounds is reported with its spread.
 """
 
 import functools
@@ -41,8 +41,8 @@ class Candidate(NamedTuple):
 def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candidate:
     """A function of floating JAX arrays.
 
-    One element of every operand takes in a part of every result, so that repetitions wait for each other and nothing can
-    be moved out of the loop.
+    Repetitions are a loop in one program. One element of every operand takes in a part of every result, so that they
+    wait for each other and nothing can be moved out of the loop.
     """
 
     @functools.partial(jax.jit, static_argnums=0)

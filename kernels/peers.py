@@ -70,9 +70,8 @@ def torch_attention(
     import torch
     from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-    q, k, v, d_out = (
-        torch.tensor(arrays[name], device="cuda", dtype=torch.bfloat16).transpose(1, 2) for name in ("q", "k", "v", "d_out")
-    )
+    tensors = (torch.tensor(arrays[name], device="cuda", dtype=torch.bfloat16) for name in ("q", "k", "v", "d_out"))
+    q, k, v, d_out = (x.transpose(1, 2) for x in tensors)
     inputs = [x.contiguous().requires_grad_(backward) for x in (q, k, v)]
 
     def graded(f):

@@ -142,8 +142,9 @@ def make_plan(
 def default_blocks(backend: str, length_q: int, length_kv: int) -> tuple[int, int]:
     """Tokens in a block of queries and in one of keys.
 
-    TPU tiles are multiples of 128 lanes. In plain XLA a block is a matrix product of its own: on CPU 128 was the fastest
-    of 64 … 512 once documents are longer than a block, and skips most of what is not needed.
+    TPU tiles are multiples of 128 lanes. In plain XLA small blocks skip more and large ones loop less: a row of 1024
+    tokens in documents of 64, forward and backward on two CPU cores, took 7 ms with blocks of 64, 12 with 128, 17 with
+    256 and 58 with one block of 1024.
     """
     if backend == "tpu":
         return tuple(min(512, -(-length // 128) * 128) for length in (length_q, length_kv))

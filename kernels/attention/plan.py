@@ -118,7 +118,9 @@ def build_plan(
     length_q, length_kv = tokens.q_segment_ids.shape[1], tokens.kv_segment_ids.shape[1]
     blocks_q, blocks_kv = -(-length_q // block_q), -(-length_kv // block_kv)
     if max(blocks_q, blocks_kv) > MOST_BLOCKS:
-        raise ValueError(f"attention: at most {MOST_BLOCKS} blocks a row, got {blocks_q} and {blocks_kv}: larger blocks")
+        raise ValueError(
+            f"attention: at most {MOST_BLOCKS} blocks a row, got {blocks_q} and {blocks_kv}; take larger blocks"
+        )
     active, whole = _needed_blocks(tokens, causal, window, block_q, block_kv)
     some = jnp.any(active, axis=-1)
     first = jnp.argmax(active, axis=-1)
@@ -145,7 +147,7 @@ def build_plan(
 def _list_steps(
     active: Bool[Array, "B I J"], whole: Bool[Array, "B I J"], capacity: int, transposed: bool
 ) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
-    """The active pairs in row-major order as packed steps, and their number; past it the last step is repeated, idle."""
+    """The active pairs in row-major order as packed steps, and their number; past it the last step repeats, idle."""
     J = active.shape[-1]
     idle = ~jnp.any(active, axis=-1, keepdims=True) & (jnp.arange(J) == 0)
     listed = (active | idle).reshape(len(active), -1)

@@ -6,7 +6,7 @@ list, and shorter lists idle on their last block.
 
 Tiles stand with keys down and queries across, logits[s, t] = k_s · q_t: peak and total of a query are then rows [1, t],
 which cost one register a 128 queries, and their reductions run down the sublanes. All query heads of a key-value head
-share its tile of keys and values; keys are never expanded. Exponentials are in base 2, with scale · log₂e in one factor.
+share its tile of keys and values; keys are never expanded. Exponentials are in base 2, with scale · log₂e as a factor.
 """
 
 import functools
@@ -27,7 +27,7 @@ from dqjax.kernels.varying import typed_shape, varying_axes
 LANES = 128
 LOG2E = math.log2(math.e)
 VMEM_LIMIT = 64 * 2**20
-"""Above the compiler's default of 16 MiB; v5e and v6e have 128 MiB."""
+"""A bound, not a reservation: VMEM is 128 MiB on v5e and v6e, 64 on v5p and tpu7x (`pltpu.get_tpu_info`)."""
 
 
 @functools.partial(jax.jit, static_argnames="variant")  # a bare pallas_call is never pruned from a checkpointed layer

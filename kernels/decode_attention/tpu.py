@@ -1,7 +1,7 @@
 """Decode attention on TPU: one Pallas kernel that streams the cache through, in its own layout.
 
-The grid is (sequence, block of slots). Lengths are read from scalar memory before a step begins; blocks past a sequence's
-length, or before its window, are neither fetched nor computed. A block [slots, K, H] is seen as a matrix [slots · K, H]
+The grid is (sequence, block of slots). Lengths are read from scalar memory before a step begins; blocks past a
+sequence's length, or before its window, are neither fetched nor computed. A block [slots, K, H] is seen as a matrix [slots · K, H]
 (no data moves), and all query heads share one product with it; of the logits, each head keeps its own columns::
 
     slot              0     1     2

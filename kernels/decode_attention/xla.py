@@ -1,7 +1,7 @@
 """Decode attention in plain XLA, arranged so that the cache is read once, in place.
 
-A product batched over sequences *and* heads would make XLA transpose the cache [B, S, K, H] first, which costs more than
-the attention. So all heads share one product with the cache seen as [B, S, K·H], of queries that are zero outside their
+A product batched over sequences *and* heads would make XLA transpose the cache [B, S, K, H] first, which costs more
+than the attention. So all heads share one product with the cache seen as [B, S, K·H], of queries that are zero outside their
 own head::
 
     q of head 0    q q q . . . . . .

@@ -157,7 +157,7 @@ def test_logprob_is_torchs(backend):
     entropy = -(logp.exp() * logp).sum(-1)
     want = (torch.tensor(np.asarray(weight)) * (-logprob.exp() + 0.1 * entropy)).sum()
     want.backward()
-    np.testing.assert_allclose(got[0], want.item(), rtol=1e-5)
+    np.testing.assert_allclose(got[0], want.item(), rtol=1e-4)
     for ours, theirs in zip(got[1], (tx.grad, tw.grad)):
         np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
 
@@ -385,8 +385,10 @@ def test_gradients_taken_inside_shard_map():
     x, w, labels, weight = (a[:64] if len(a) == M else a for a in inputs(13))
 
     def body(x, w, labels, weight):
-        f = lambda x, w: jax.lax.psum(linear_cross_entropy(x, w, labels, weight, axis_name="tensor")[0], "data")  # noqa: E731
-        return jax.grad(f, argnums=(0, 1))(x, w)
+        def loss(x, w):
+            return jax.lax.psum(linear_cross_entropy(x, w, labels, weight, axis_name="tensor")[0], "data")
+
+        return jax.grad(loss, argnums=(0, 1))(x, w)
 
     specs = P("data"), P("tensor"), P("data"), P("data")
     got = jax.jit(jax.shard_map(body, mesh=make_mesh(), in_specs=specs, out_specs=specs[:2]))(x, w, labels, weight)
@@ -440,7 +442,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_logits_never_exist(name):
-    """16384 × 50304 logits would be 3.3 GB; the temporaries stay under a fifth of that, forward and backward together."""
+    """16384 × 50304 logits would be 3.3 GB; the temporaries of forward and backward stay under a fifth of that."""
     m, v = 16384, 50304
     assert compiled(FUNCTIONS[name], m, v).memory_analysis().temp_size_in_bytes < m * v * 4 / 5
 
