@@ -32,6 +32,7 @@ from dqjax.metrics import Recorder, Writer
 from dqjax.objectives.grpo import grpo
 from dqjax.objectives.preference import preference
 from dqjax.objectives.reward import reward
+from dqjax.objectives.scorer import scorer
 from dqjax.objectives.setup import Setup
 from dqjax.objectives.sft import sft
 from dqjax.optim import make_optimizer, make_schedule
@@ -44,7 +45,7 @@ from dqjax.trainer import Evaluating, Saving, announce_compilation, fit, items_o
 log = logging.getLogger("dqjax.train")
 
 
-OBJECTIVES = {"sft": sft, "reward": reward, "preference": preference, "grpo": grpo}
+OBJECTIVES = {"sft": sft, "reward": reward, "scorer": scorer, "preference": preference, "grpo": grpo}
 
 
 def train(config: Config) -> int:

@@ -13,9 +13,10 @@ from dqjax.optim import OptimizerConfig
 from dqjax.sharding import MeshConfig
 from dqjax.steps.preference import PreferenceConfig
 from dqjax.steps.reward import RewardConfig
+from dqjax.steps.scorer import ScorerConfig
 from dqjax.steps.sft import SFTConfig
 
-Objective = Annotated[SFTConfig | RewardConfig | PreferenceConfig | PolicyConfig, Field(discriminator="kind")]
+Objective = Annotated[SFTConfig | RewardConfig | ScorerConfig | PreferenceConfig | PolicyConfig, Field(discriminator="kind")]
 
 
 class TrainConfig(Section):

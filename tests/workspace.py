@@ -23,6 +23,7 @@ def make_workspace(folder: pathlib.Path, problems: int = 240) -> pathlib.Path:
     assert data_command(["tokenizer", "--input", str(data), "--vocab-size", "320", "--out", str(out)]) == 0
     new_student("miniature", out, folder / "runs/chain_sum/student")
     write_pairs(data, data.with_name("pairs.jsonl"))
+    write_labels(data, data.with_name("labels.jsonl"))
     return folder
 
 
@@ -37,7 +38,18 @@ def write_pairs(source: pathlib.Path, target: pathlib.Path) -> None:
             file.write(json.dumps({"id": row["id"], **pair}) + "\n")
 
 
-DATA = {"reward": "pairs.jsonl", "preference": "pairs.jsonl"}
+def write_labels(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes the conversations with a verbosity that grows with the chain, and a difficulty for every other one."""
+    with target.open("w") as file:
+        for i, line in enumerate(source.read_text().splitlines()):
+            row = json.loads(line)
+            row["Reasoning_Verbosity"] = min(9, len(row["messages"][-1]["reasoning_content"]) // 20)
+            if i % 2:
+                row["Cognitive_Difficulty"] = i % 10
+            file.write(json.dumps(row) + "\n")
+
+
+DATA = {"scorer": "labels.jsonl", "reward": "pairs.jsonl", "preference": "pairs.jsonl"}
 
 
 def overrides(workspace: pathlib.Path, run: str, *more: str, config: str = "sft") -> list[str]:
