@@ -50,6 +50,23 @@ def test_training_starts_at_even_odds_and_reports_accuracy_margin_and_calibratio
     assert any(name.startswith("eval/calibration_accuracy/") for name in held_out)
 
 
+def test_held_out_pairs_are_told_apart(workspace):
+    """Answers of chain_sum against ones that are off by thousands, which needs no arithmetic: 9 in 10 unseen pairs."""
+    with (workspace / "far_off.jsonl").open("w") as file:
+        for i, line in enumerate((workspace / "runs/chain_sum/data/pairs.jsonl").read_text().splitlines()):
+            pair = json.loads(line)
+            right = pair["chosen"][0]["content"]
+            wrong = str(int(right) + (-1) ** i * 1000 * (1 + i % 9))
+            row = {"prompt": pair["prompt"], "chosen": right, "rejected": wrong}
+            file.write(json.dumps(row) + "\n")
+    data = (f"data.sources={workspace / 'far_off.jsonl'}", "data.validation=0.2", "data.row_length=256")
+    more = ("train.steps=30", "train.eval_every=30", "checkpoint.every=30", "log.every=30")
+    assert run(workspace, "far_off", *data, *more, config=REWARD) == 0
+    rows = [json.loads(line) for line in (workspace / "far_off/metrics.jsonl").read_text().splitlines()]
+    held_out = next(row for row in rows if "eval/loss" in row)
+    assert held_out["eval/accuracy"] >= 0.9 and held_out["eval/margin"] > 1
+
+
 def test_a_margin_that_is_asked_for_must_be_there(workspace, capsys):
     assert run(workspace, "margin", "objective.margin=true", config=REWARD) == 2
     assert "margin: expected a number, got None" in capsys.readouterr().err
