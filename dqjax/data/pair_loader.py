@@ -10,7 +10,6 @@ A pair is one item to the packer, so no micro-batch border cuts it. Order and st
 
 import dataclasses
 import itertools
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,8 +30,6 @@ from dqjax.data.sources import Rejected, merge_columns, read_rows, records_in
 from dqjax.data.split import hold_out, weigh, without_questions
 from dqjax.data.tokenise import turn_mode
 from dqjax.types import Batch
-
-log = logging.getLogger(__name__)
 
 _CHUNK = 512  # rows tokenised at once
 
