@@ -66,6 +66,8 @@ def plan_step(config: Config, shape: ModelConfig, topology: str) -> Plan:
       ConfigError: libtpu is not installed, or the topology, mesh or batch do not fit together.
       jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the step does not fit into the device's memory.
     """
+    if config.objective.kind != "sft":
+        raise ConfigError(f"objective: plans are made for sft, got {config.objective.kind}")
     rules = Rules(_mesh(config, topology))
     rows, length = config.train.batch_rows, config.data.row_length
     if rows % (rules.batch_shards * config.train.accumulate):

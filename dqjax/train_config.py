@@ -22,12 +22,11 @@ Objective = Annotated[SFTConfig | RewardConfig | ScorerConfig | PreferenceConfig
 class TrainConfig(Section):
     """train: how long and how much at a time.
 
-    run_dir: folder of the run, on a disk that all hosts share; an existing one is resumed. steps: updates in all; or epochs: passes over the data (a
-    curriculum counts its own). batch_rows: packed rows of one update, over all devices. accumulate: micro-batches they
-    are taken in, to save memory; the result is the same. seed: of parameters (where drawn) and of steps. eval_every:
-    steps between evaluations, with the same number of them between samples. max_skipped: steps with a non-finite loss or
-    gradient, which change nothing, before the run gives up. sample_tokens: length of the sample at each evaluation; 0
-    for none.
+    run_dir: folder of the run, on a disk that all hosts share; an existing one is resumed. steps: updates in all; or
+    epochs: passes over the data (a curriculum counts its own). batch_rows: packed rows of one update, over all devices.
+    accumulate: micro-batches they are taken in, to save memory; the result is the same. seed: of what a step draws.
+    eval_every: steps between evaluations. max_skipped: steps with a non-finite loss or gradient, which change nothing,
+    before the run gives up. sample_tokens: length of the sample at each evaluation; 0 for none.
     """
 
     run_dir: str

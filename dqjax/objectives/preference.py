@@ -19,7 +19,7 @@ def preference(config: Config, model: Model, rules: Rules, run: pathlib.Path) ->
     """Reads and packs the pairs; raises ConfigError for data that cannot be used."""
     rows, objective = config.train.batch_rows, config.objective
     if objective.reference != "frozen":
-        raise ConfigError("objective.reference: only frozen is wired to training so far, got cached")
+        raise ConfigError("objective.reference: expected frozen (a cache of reference log-probabilities is not read yet), got cached")
     cogpo = objective.loss == "cogpo"
     data = open_pair_data(
         config.data.model_copy(update={"quarantine": config.data.quarantine or str(run / "quarantine.jsonl")}),

@@ -33,7 +33,7 @@ class PreferenceConfig(Section):
     loss: Literal["cogpo", "dpo"] = "cogpo"
     beta: float = Field(0.1, gt=0)
     length_normalised: bool = False
-    reference: Literal["cached", "frozen"] = "cached"
+    reference: Literal["cached", "frozen"] = "frozen"
 
 
 def make_preference_loss(
