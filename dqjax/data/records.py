@@ -166,8 +166,8 @@ def parse_row(row: Any, *, columns: ColumnsConfig = ColumnsConfig(), source: str
 
     def take(key: str) -> Any:
         name, value = _find(row, key, columns)
-        if name is not None:
-            used.add(name.split(".")[0])
+        if name is not None and "." not in name:  # a column that a dotted name reads inside of stays: graders need it whole
+            used.add(name)
         return value
 
     given_id, system = take("id"), take("system")

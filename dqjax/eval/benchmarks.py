@@ -229,12 +229,7 @@ def _plain(raw: RawRow, columns: ColumnsConfig, label: str) -> Record:
         messages = messages[:-1]
     if answer is None and "tests" not in record.extra:
         raise BadRow("no reference answer: expected a text or a number in a column answer, or tests for a program")
-    # A column that a dotted name was read out of (metadata.num_terms) stays: graders need it whole.
-    dotted = {name.partition(".")[0] for name in columns.model_dump(exclude_none=True).values() if "." in name}
-    kept = {name: raw.value[name] for name in dotted if isinstance(raw.value, Mapping) and name in raw.value}
-    return dataclasses.replace(
-        record, id=record.problem, messages=messages, answer=answer, extra={**kept, **record.extra}
-    )
+    return dataclasses.replace(record, id=record.problem, messages=messages, answer=answer)
 
 
 # The published forms.

@@ -160,8 +160,10 @@ def test_bad_rows_say_why(row, reason):
 
 def test_columns_are_mapped_also_inside_a_mapping():
     columns = ColumnsConfig(prompt="q", response="a", id="meta.key", difficulty="meta.level")
-    (record,) = parse_row({"q": "3+4?", "a": "7", "meta": {"key": "k1", "level": 2}}, columns=columns)
-    assert record == Record(id="k1", problem="k1", messages=(USER, ANSWER), difficulty=2.0)
+    meta = {"key": "k1", "level": 2, "source_dataset": "chain_sum"}
+    (record,) = parse_row({"q": "3+4?", "a": "7", "meta": meta}, columns=columns)
+    extra = {"meta": meta}  # whole: what was not mapped may matter to a grader
+    assert record == Record(id="k1", problem="k1", messages=(USER, ANSWER), difficulty=2.0, extra=extra)
 
 
 def test_an_empty_system_prompt_is_none():
