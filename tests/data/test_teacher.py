@@ -230,6 +230,20 @@ def test_endpoints_share_the_work_and_a_dead_one_does_not_swallow_it(tmp_path):
         assert one.total + two.total == 200 and 1.5 < two.total / one.total < 6
 
 
+def test_retry_after_rests_the_endpoint(tmp_path):
+    times = []
+
+    def script(question, before, sent):
+        times.append(time.monotonic())
+        return Fail("429", "0.6") if len(times) == 1 else solved(question)
+
+    rows = write_jsonl(tmp_path / "p.jsonl", problems(10))
+    with ChatServer(script) as server:
+        out = run(tmp_path, [teacher(endpoint(server.url, concurrency=1))], [generate(rows)])
+        assert len(read_jsonl(out / "generate.jsonl")) == 10 and server.total == 11
+    assert times[1] - times[0] > 0.55
+
+
 def test_keys_come_from_the_environment_and_appear_nowhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TEST_KEY", "sk-very-secret")
     rows = write_jsonl(tmp_path / "p.jsonl", problems(2))
