@@ -1,6 +1,7 @@
 """Chains rewritten shorter (long2short) or longer (short2long), each verified to reach the same answer."""
 
 import asyncio
+import dataclasses
 from typing import Literal
 
 import pydantic
@@ -14,13 +15,10 @@ from dqjax.data.teacher import SamplingConfig
 from dqjax.data.verify import Verifier
 from dqjax.rewards.correct import CorrectConfig
 
-HELP = "rewrite chains shorter or longer, verified"
-
 
 class Config(Section):
-    """lengths.
+    """long2short and short2long.
 
-    direction: `shorter` (long2short) or `longer` (short2long).
     teacher: who rewrites. attempts: rewrites of a chain at most.
     ratio: a shorter chain has at most this share of the original's characters, a longer one at least this multiple; by
       default 0.8 and 1.25.
@@ -28,7 +26,6 @@ class Config(Section):
     keep_original: the original goes on beside its rewritten form.
     """
 
-    direction: Literal["shorter", "longer"]
     teacher: str
     attempts: int = pydantic.Field(3, ge=1)
     ratio: float | None = pydantic.Field(None, gt=0)
@@ -40,9 +37,31 @@ class Config(Section):
     grading: CorrectConfig = CorrectConfig()
 
 
-def run(config: Config, job: Job) -> None:
-    """Adds `ID~shorter` or `ID~longer`; a chain that could not be rewritten keeps its place and its rewrite is rejected."""
-    shorter = config.direction == "shorter"
+@dataclasses.dataclass(frozen=True)
+class Rewriting:
+    """One direction as a stage (`stage.Stage`)."""
+
+    direction: Literal["shorter", "longer"]
+    Config = Config
+
+    @property
+    def HELP(self) -> str:
+        return f"rewrite chains {self.direction}, each verified to reach the same answer"
+
+    @property
+    def __doc__(self) -> str:
+        return f"Chains rewritten {self.direction}, each verified to reach the same answer."
+
+    def run(self, config: Config, job: Job) -> None:
+        """Adds `ID~shorter` or `ID~longer`; a chain that could not be rewritten stays, and its rewrite is rejected."""
+        _rewrite_all(self.direction, config, job)
+
+
+LONG2SHORT, SHORT2LONG = Rewriting("shorter"), Rewriting("longer")
+
+
+def _rewrite_all(direction: str, config: Config, job: Job) -> None:
+    shorter = direction == "shorter"
     template = load_prompt(config.prompt or ("shorten" if shorter else "lengthen"))
     ratio = config.ratio or (0.8 if shorter else 1.25)
 
@@ -64,9 +83,9 @@ def run(config: Config, job: Job) -> None:
                 share = len(thought_of(made)) / before
                 if share <= ratio if shorter else share >= ratio:
                     return None
-                return f"not {config.direction} enough"
+                return f"not {direction} enough"
 
-            made = await rewrite(row, template, f"{row['id']}~{config.direction}", accept=accept)
+            made = await rewrite(row, template, f"{row['id']}~{direction}", accept=accept)
             keep = config.keep_original or isinstance(made, Rejection)
             return [row, made] if keep else [made]
 

@@ -10,12 +10,13 @@ chain that could not be rewritten is rejected and counted.
 """
 
 import asyncio
+from collections.abc import Callable
 
 import pydantic
 
 from dqjax.config import Section
 from dqjax.data.chain_rows import Row, chain_text, has_chain, note, question_of, solution_of, thought_of, with_answer
-from dqjax.data.prompt import load_prompt
+from dqjax.data.prompt import Prompt, load_prompt
 from dqjax.data.replies import Unusable, answer_of, read_word, split_reply
 from dqjax.data.stage import Job, Out, Rejection, failure
 from dqjax.data.teacher import CallFailed, Request, SamplingConfig
@@ -50,15 +51,17 @@ class Config(Section):
 class Rewriter:
     """Asks for a rewritten chain until a verified one comes, a bounded number of times.
 
-    Args:
-      accept: looks at a verified row; returns the reason why it will not do, or None.
+    Called with a row, a prompt, the id of the new row, `accept` (which returns the reason why a verified row will not do, or
+    None) and more fields for the prompt.
     """
 
     def __init__(self, job: Job, teacher: str, verifier: Verifier, sampling: SamplingConfig, attempts: int):
         self._job, self._teacher, self._verifier = job, teacher, verifier
         self._sampling, self._attempts = sampling, attempts
 
-    async def __call__(self, row: Row, template, id: str, *, accept=lambda row: None, **fields: str) -> Out:
+    async def __call__(
+        self, row: Row, template: Prompt, id: str, *, accept: Callable[[Row], str | None] = lambda row: None, **fields: str
+    ) -> Out:
         said = {"question": question_of(row), "thought": thought_of(row) or "", "solution": solution_of(row)}
         request = Request(template(**said, **fields), self._sampling, prompt=template.label)
         reason = "never asked"

@@ -16,7 +16,8 @@ They apply in this order; each can be left out.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pydantic
@@ -88,7 +89,7 @@ class Config(Section):
     draw: DrawConfig | None = None
     mixture: MixtureConfig | None = None
     per_problem_cap: int | None = pydantic.Field(None, ge=1)
-    missing: str = pydantic.Field("drop", pattern="^(drop|keep)$")
+    missing: Literal["drop", "keep"] = "drop"
 
 
 def run(config: Config, job: Job) -> None:
@@ -130,7 +131,7 @@ def log_weight(row: Row, draw: DrawConfig) -> float | None:
     return -(off**2 + draw.difficulty_weight * far**2) / (2 * draw.temperature**2)
 
 
-def choose_mixture(config: Config, job: Job):
+def choose_mixture(config: Config, job: Job) -> Callable[[Sequence[Row]], list[Out]]:
     """`choose`, followed by the mixture; reads the input once to find the kept rows (24 bytes a row), once to write them."""
     mixture, places, bins, distances = config.mixture, [], [], []
     at = 0

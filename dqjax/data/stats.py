@@ -7,7 +7,7 @@ import html
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -47,7 +47,7 @@ def step_reports(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [{name: report[name] for name in ("step", "counts", "usage")} for report in sorted(reports, key=key)]
 
 
-def chain_figures(rows) -> dict[str, Any]:
+def chain_figures(rows: Iterable[Row]) -> dict[str, Any]:
     """Counts of chains by RV and CD, length, teacher and correctness, from one pass over the rows."""
     grid, lengths, words = Counter(), Counter(), 0
     counts: Counter[str] = Counter()

@@ -180,8 +180,8 @@ def test_refine_expands_simplifies_keeps_and_gives_up(tmp_path):
     assert {row["id"] for row in kept} == {"p0#t/0", "p1#t/0~refined", "p2#t/0~refined", "p4#t/0"}
 
 
-@pytest.mark.parametrize("direction", ["shorter", "longer"])
-def test_lengths(tmp_path, direction):
+@pytest.mark.parametrize(("stage", "direction"), [("long2short", "shorter"), ("short2long", "longer")])
+def test_lengths(tmp_path, stage, direction):
     """0 is rewritten as asked; 1 comes back as long as before; 2 comes back wrong."""
 
     def script(question, before, sent):
@@ -192,13 +192,13 @@ def test_lengths(tmp_path, direction):
     rows = [chain(p, thought="step " * 10, correct=True, **{VERBOSITY: 5}) for p in problems(3)]
     with ChatServer(script) as server:
         path = write_jsonl(tmp_path / "in.jsonl", rows)
-        settings = {"direction": direction, "teacher": "t", "attempts": 2}
-        out = run(tmp_path, [teacher(endpoint(server.url))], [{"stage": "lengths", "input": path, **settings}])
+        settings = {"teacher": "t", "attempts": 2}
+        out = run(tmp_path, [teacher(endpoint(server.url))], [{"stage": stage, "input": path, **settings}])
         assert server.total == 5
-    made = read_jsonl(out / "lengths.jsonl")
+    made = read_jsonl(out / f"{stage}.jsonl")
     assert [row["id"] for row in made] == [f"p0#t/0~{direction}", "p1#t/0", "p2#t/0"]
     assert VERBOSITY not in made[0] and VERBOSITY in made[1]  # the label was the other chain's
-    assert len(reasons(tmp_path, "lengths")) == 2
+    assert len(reasons(tmp_path, stage)) == 2
 
 
 # select
