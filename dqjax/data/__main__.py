@@ -65,7 +65,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 where input or configuration is at fault, 3 where a budget is spent."""
+    """Runs one command; returns the exit code: 0, 2 for input or configuration at fault, 3 for a spent budget."""
     parser = argparse.ArgumentParser(prog="python -m dqjax.data", description="Commands for data files.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

@@ -1,8 +1,8 @@
 """RV, CD and logical correctness of chains: one judge call each, several votes where asked for.
 
 Reasoning Verbosity and Cognitive Difficulty are integers from 0 to 9, correctness is 0 or 1 (OmniThought,
-https://arxiv.org/abs/2505.10937). A reply that states no such integer is missing, never 0; a label is the median of the votes
-that state one, provided that more than half do.
+https://arxiv.org/abs/2505.10937). A reply that states no such integer is missing, never 0; a label is the median of the
+votes that state one, provided that more than half do.
 
     label = median(votes)        spread = max(votes) − min(votes)
 """
@@ -14,7 +14,17 @@ from typing import Literal
 import pydantic
 
 from dqjax.config import Section
-from dqjax.data.chain_rows import DIFFICULTY, VERBOSITY, Row, chain_text, completion_of, has_chain, label_of, note, question_of
+from dqjax.data.chain_rows import (
+    DIFFICULTY,
+    VERBOSITY,
+    Row,
+    chain_text,
+    completion_of,
+    has_chain,
+    label_of,
+    note,
+    question_of,
+)
 from dqjax.data.length_labels import LengthScorer, LengthScorerConfig
 from dqjax.data.prompt import load_prompt
 from dqjax.data.replies import answer_of, read_integer

@@ -1,6 +1,6 @@
-r"""Problem texts in a form in which copies are equal: case, spacing, LaTeX's dress and the wording of numbers do not count.
+r"""Problem texts in a form in which copies are equal, whatever their case, spacing, LaTeX and wording of numbers.
 
-    "What is $\dfrac{1}{2}$ of twenty-four?"   →   what is frac 1 2 of 24
+"What is $\dfrac{1}{2}$ of twenty-four?"   →   what is frac 1 2 of 24
 """
 
 import re
@@ -15,11 +15,13 @@ _TOKEN = re.compile(r"[^\W_]+(?:\.\d+)?|[-+*/=<>^]")
 _SMALL = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen".split()
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen".split()
     )
 }
-_TENS = {word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_TENS = {
+    word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
+}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
 
 
@@ -49,13 +51,20 @@ def _numbers(parts: list[str]) -> list[str]:
             word = parts[i]
             if word in _TENS and current % 100 == 0:
                 current += _TENS[word]
-            elif word in _SMALL and (current % 100 == 0 or (current % 100 >= 20 and current % 10 == 0 and 0 < _SMALL[word] < 10)):
+            elif word in _SMALL and (
+                current % 100 == 0 or (current % 100 >= 20 and current % 10 == 0 and 0 < _SMALL[word] < 10)
+            ):
                 current += _SMALL[word]
             elif word == "hundred" and 0 < current < 10:
                 current *= 100
             elif word in _SCALES and word != "hundred" and current:
                 total, current = total + current * _SCALES[word], 0
-            elif word == "-" and current % 100 in _TENS.values() and parts[i + 1 : i + 2] and 0 < _SMALL.get(parts[i + 1], 0) < 10:
+            elif (
+                word == "-"
+                and current % 100 in _TENS.values()
+                and parts[i + 1 : i + 2]
+                and 0 < _SMALL.get(parts[i + 1], 0) < 10
+            ):
                 pass  # the hyphen of twenty-five
             else:
                 break

@@ -21,9 +21,8 @@ from typing import Any
 
 from dqjax.data.chat import Response
 from dqjax.data.config import ColumnsConfig, SourceConfig
-from dqjax.data.records import Message, Record, parse_row
+from dqjax.data.records import BadRow, Message, Record, parse_row
 from dqjax.data.sources import Rejected, decode, merge_columns, read_rows
-from dqjax.data.records import BadRow
 from dqjax.data.teacher import Reply, Request
 from dqjax.rewards.types import Completion
 
@@ -130,7 +129,9 @@ def label_of(row: Row, name: str) -> float | None:
     return float(value)
 
 
-def note(row: Row, field: str, stage: str, by: str, *, request: Request | None = None, reply: Reply | None = None) -> Row:
+def note(
+    row: Row, field: str, stage: str, by: str, *, request: Request | None = None, reply: Reply | None = None
+) -> Row:
     """The row with the provenance of `field`; an older note of the same field is replaced.
 
     Args:

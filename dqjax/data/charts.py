@@ -29,7 +29,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return "<p>none</p>"
     cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(cell), quote=False)}</{tag}>" for cell in row)  # noqa: E731
-    return "<table><tr>" + cells("th", head) + "</tr>" + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows) + "</table>"
+    return (
+        "<table><tr>"
+        + cells("th", head)
+        + "</tr>"
+        + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+        + "</table>"
+    )
 
 
 def bars(values: Mapping[str, float]) -> str:
@@ -67,8 +73,13 @@ def heat_map(rows: Sequence[Sequence[int]], across: str, up: str) -> str:
                     f"{_brief(value)}</text>"
                 )
     height = len(rows) * size
-    parts += [f'<text x="{41 + x * size + size / 2:g}" y="{height + 14}" text-anchor="middle">{x}</text>' for x in range(len(rows[0]))]
-    parts.append(f'<text x="{42 + len(rows[0]) * size / 2:g}" y="{height + 34}" text-anchor="middle">{html.escape(across)}</text>')
+    parts += [
+        f'<text x="{41 + x * size + size / 2:g}" y="{height + 14}" text-anchor="middle">{x}</text>'
+        for x in range(len(rows[0]))
+    ]
+    parts.append(
+        f'<text x="{42 + len(rows[0]) * size / 2:g}" y="{height + 34}" text-anchor="middle">{html.escape(across)}</text>'
+    )
     parts.append(f'<text x="10" y="{height / 2:g}">{html.escape(up)}</text>')
     return f'<svg width="{60 + len(rows[0]) * size}" height="{height + 44}" role="img">{"".join(parts)}</svg>'
 

@@ -1,8 +1,9 @@
 """Problems and chains from several sources into files whose splits share no question.
 
-The sources are read twice and never held (some 20 bytes a row are): first the hash of each normalised question, from which
-the held-out ones are drawn, then the rows, each written to the split of its question. So the chains of one problem always
-stay together. On the first reading near-duplicates and benchmark problems are found too; removed.jsonl names them.
+The sources are read twice and never held (some 20 bytes a row are): first the hash of each normalised question, from
+which the held-out ones are drawn, then the rows, each written to the split of its question. So the chains of one
+problem always stay together. On the first reading near-duplicates and benchmark problems are found too; removed.jsonl
+names them.
 """
 
 import argparse

@@ -7,7 +7,16 @@ from collections.abc import Callable
 from types import ModuleType
 
 from dqjax.config import ConfigError
-from dqjax.data.pipeline import PipelineConfig, Step, estimate, lone_step, read_pipeline, run_pipeline, run_step, summary
+from dqjax.data.pipeline import (
+    PipelineConfig,
+    Step,
+    estimate,
+    lone_step,
+    read_pipeline,
+    run_pipeline,
+    run_step,
+    summary,
+)
 from dqjax.data.stage import Shard
 from dqjax.data.teacher import Teacher, TeacherConfig
 
@@ -25,7 +34,9 @@ class StageCommand:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_config(parser, required=False)
         parser.add_argument("--step", metavar="NAME", help="the step to run, where the file has several of this stage")
-        parser.add_argument("--input", nargs="+", metavar="FILE", help="read these instead of what the step before wrote")
+        parser.add_argument(
+            "--input", nargs="+", metavar="FILE", help="read these instead of what the step before wrote"
+        )
         parser.add_argument("--output", metavar="FILE", help="write here, .jsonl or .parquet")
         parser.add_argument("--shard", metavar="i/n", help="only part i of n (from 0); `merge` puts the parts together")
 
@@ -54,7 +65,9 @@ class StageCommand:
             there = ", ".join(f"{step.name} ({step.stage})" for step in steps)
             raise ConfigError(f"{args.config} has no step {args.step or 'of the stage ' + self._stage}; it has {there}")
         if (inputs or args.output) and len(mine) > 1:
-            raise ConfigError(f"--input and --output are for one step; name it: --step {' or '.join(s.name for s in mine)}")
+            raise ConfigError(
+                f"--input and --output are for one step; name it: --step {' or '.join(s.name for s in mine)}"
+            )
         if inputs:
             mine = [dataclasses.replace(mine[0], inputs=tuple(inputs))]
         return config, [dataclasses.replace(mine[0], output=pathlib.Path(args.output))] if args.output else mine
@@ -71,7 +84,9 @@ class PipelineCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_config(parser, required=True)
-        parser.add_argument("--again", action="store_true", help="run steps that had failures once more; only those are asked")
+        parser.add_argument(
+            "--again", action="store_true", help="run steps that had failures once more; only those are asked"
+        )
 
     def run(self, args: argparse.Namespace) -> None:
         config, steps = read_pipeline(args.config, args.overrides)
@@ -83,5 +98,12 @@ class PipelineCommand:
 
 def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--config", required=required, metavar="FILE", help="YAML file: out, teachers, steps")
-    parser.add_argument("--estimate", action="store_true", help="run 20 rows, print tokens, money and hours of the whole")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's; STEP.key=value for a step's")
+    parser.add_argument(
+        "--estimate", action="store_true", help="run 20 rows, print tokens, money and hours of the whole"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that replace the file's; STEP.key=value for a step's",
+    )

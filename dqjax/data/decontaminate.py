@@ -4,19 +4,21 @@ The three tests of OmniThought's decontamination, on texts in canonical form (`c
 
     equal       the same question (`records.question_key`)
     10-gram     ten consecutive words, of which at least five are different
-    similarity  1 − (|a| + |b| − 2·LCS(a, b)) / (|a| + |b|) = 2·LCS(a, b) / (|a| + |b|)  ≥ 0.8, for texts of 40 characters
+    similarity  1 − (|a| + |b| − 2·LCS(a, b)) / (|a| + |b|) = 2·LCS(a, b) / (|a| + |b|)  ≥ 0.8, for texts of 40
+    characters
 
 LCS is the longest common subsequence, found bit-parallel (Hyyrö 2004, "Bit-parallel LCS-length computation revisited").
-Only pairs that share three consecutive words are compared: a copy in which no three words in a row survived is not found.
+Only pairs that share three consecutive words are compared: a copy in which no three words in a row survived is not
+found.
 
-Words that more than half of a benchmark's problems use (a common instruction, "the") are taken out before comparing with
+Words that more than half of a benchmark's problems use (a common instruction, "the") are taken out before comparing
+with
 it, as `eval.overlap` does: a task whose problems differ in their numbers alone would match itself otherwise.
 """
 
 import argparse
 import collections
 import dataclasses
-import json
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -180,7 +182,9 @@ def _trigrams(parts: Sequence[str]) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="jsonl or parquet file, folder, or `datasets` name, in any form that training reads")
+    parser.add_argument(
+        "file", help="jsonl or parquet file, folder, or `datasets` name, in any form that training reads"
+    )
     parser.add_argument("--against", nargs="+", required=True, metavar="FILE", help="benchmark files")
     parser.add_argument("--out", required=True, metavar="FILE", help="the rows that are clean, as they are")
     parser.add_argument("--words", type=int, default=10, help="default %(default)s")
@@ -196,7 +200,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"{count:>9,}  {name}")
 
 
-def decontaminate(file: str, config: DecontaminateConfig, out: str | pathlib.Path, *, workers: int | None = None) -> dict[str, int]:
+def decontaminate(
+    file: str, config: DecontaminateConfig, out: str | pathlib.Path, *, workers: int | None = None
+) -> dict[str, int]:
     """Writes the clean rows of `file`, and OUT.contaminated.jsonl with what was found; returns counts.
 
     Unusable rows are reported as such and not written: nobody knows what they ask.
@@ -236,4 +242,10 @@ class _RowWork:
         if match is None:
             return decode(raw), None
         id = records[0].problem
-        return None, {"file": raw.file, "line": raw.line, "id": id, "question": records[0].question, **dataclasses.asdict(match)}
+        return None, {
+            "file": raw.file,
+            "line": raw.line,
+            "id": id,
+            "question": records[0].question,
+            **dataclasses.asdict(match),
+        }

@@ -1,7 +1,9 @@
 """One OpenAI-compatible endpoint: one HTTP call at a time per slot, and what its failures mean.
 
-The client is aiohttp: with 200 requests in flight against a 50 ms server it needs 0.15 ms of CPU a request, where httpx took
-1.0 ms and the openai package 2.2 ms (two shared cores), which cap them at a fraction of the ideal 4,000 requests a second.
+The client is aiohttp: with 200 requests in flight against a 50 ms server it needs 0.15 ms of CPU a request, where httpx
+took
+1.0 ms and the openai package 2.2 ms (two shared cores), which cap them at a fraction of the ideal 4,000 requests a
+second.
 
 A fault is *passing* (worth another attempt) or final:
 
@@ -111,7 +113,9 @@ class Endpoint:
         # sock_read is the longest silence; it also covers the time to the first byte, which is the whole answer
         # where nothing is streamed.
         idle = config.idle_timeout if config.stream else config.timeout
-        self._timeout = aiohttp.ClientTimeout(total=config.timeout, sock_connect=min(30.0, config.timeout), sock_read=idle)
+        self._timeout = aiohttp.ClientTimeout(
+            total=config.timeout, sock_connect=min(30.0, config.timeout), sock_read=idle
+        )
 
     @property
     def load(self) -> float:
@@ -122,7 +126,8 @@ class Endpoint:
         """One attempt; returns the fields of a `teacher.Reply` that the server decides.
 
         Raises:
-          Fault: no usable answer. Paused: nothing was tried. ConfigError: the endpoint refuses this client. BudgetSpent: it could cost too much.
+          Fault: no usable answer. Paused: nothing was tried. ConfigError: the endpoint refuses this client.
+          BudgetSpent: it could cost too much.
         """
         self._asked += 1
         try:
@@ -186,7 +191,9 @@ class Endpoint:
                         return await _read_stream(response)
                 raise Fault(f"content type {response.content_type}, expected application/json", billed=True)
         except TimeoutError:
-            raise Fault(f"no answer within {self._config.timeout:g} s, or a silence over the limit", billed=True) from None
+            raise Fault(
+                f"no answer within {self._config.timeout:g} s, or a silence over the limit", billed=True
+            ) from None
         except aiohttp.ClientConnectorError as e:
             raise Fault(self._clean(f"no connection: {e.os_error}")) from None
         except (aiohttp.ClientError, ConnectionError) as e:

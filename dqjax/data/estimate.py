@@ -10,8 +10,8 @@ def scaled_report(
 ) -> str:
     """Tokens, money and hours of the whole, one line a step that asks.
 
-    Hours: the larger of calls · mean seconds / slots and what the rates allow. Steps are taken to let rows through in the
-    same proportion throughout.
+    Hours: the larger of calls · mean seconds / slots and what the rates allow. Steps are taken to let rows through in
+    the same proportion throughout.
 
     Args:
       usage: for each step its `Job.usage` over the sampled rows.
@@ -48,4 +48,5 @@ def _of_teacher(teacher: TeacherConfig, used: Mapping[str, float]) -> tuple[floa
 
 def _line(name: str, figures: Sequence[float]) -> str:
     calls, prompt, answer, money, hours = figures
-    return f"  {name:<16} {calls:>12,.0f} calls {prompt:>14,.0f} + {answer:,.0f} tokens, {money:,.2f} money, {hours:,.2f} hours"
+    tokens = f"{prompt:>14,.0f} + {answer:,.0f} tokens"
+    return f"  {name:<16} {calls:>12,.0f} calls {tokens}, {money:,.2f} money, {hours:,.2f} hours"

@@ -37,7 +37,9 @@ def run(config: Config, job: Job) -> None:
         turns = prompt_turns(row)
         if template is not None:
             question = next(m.content for m in reversed(turns) if m.role == "user")
-            turns = [m for m in turns[:-1] if m.role != "system" or not template.system] + list(template(question=question))
+            turns = [m for m in turns[:-1] if m.role != "system" or not template.system] + list(
+                template(question=question)
+            )
         request = Request(tuple(turns), config.sampling, k, template.label if template else "")
         id = f"{row['problem_id']}#{teacher}/{k}"
         try:

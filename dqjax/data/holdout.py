@@ -1,6 +1,7 @@
 """Rows into a training and a validation file, by problem: no question is on both sides, however many chains it has.
 
-The training file is the step's output, `OUT.jsonl`; beside it stand `OUT.validation.jsonl` and, with `messages`, both files
+The training file is the step's output, `OUT.jsonl`; beside it stand `OUT.validation.jsonl` and, with `messages`, both
+files
 once more in the form that other trainers read: role and content alone, the chain between `<think>` tags.
 """
 
@@ -42,7 +43,7 @@ def run(config: Config, job: Job) -> None:
     held = int(config.validation) if isinstance(config.validation, int) else round(config.validation * len(questions))
     if held >= len(questions) or (held == 0 and config.validation):
         raise ConfigError(
-            f"split: {len(questions)} problems, of which {held} would be held out; set validation to another share or number"
+            f"split: {len(questions)} problems, of which {held} would be held out; set another validation"
         )
     validation = set(np.random.default_rng(config.seed).permutation(questions)[:held].tolist())
     beside = {

@@ -1,9 +1,9 @@
 """An append-only file of answers: what is in it was answered, whatever happens to the process.
 
-Each line is one answer, `{"key": "<32 hex digits>", "tokens": <spent>, "reply": {...}}`. A line is handed to the operating
-system before its answer counts, so a killed process loses nothing; it is forced to the disk at most `fsync_seconds` later,
-so a machine that loses power loses at most the answers of that time. A line torn by a crash is cut off when the journal is
-opened again.
+Each line is one answer, `{"key": "<32 hex digits>", "tokens": <spent>, "reply": {...}}`. A line is handed to the
+operating system before its answer counts, so a killed process loses nothing; it is forced to the disk at most
+`fsync_seconds` later, so a machine that loses power loses at most the answers of that time. A line torn by a crash is
+cut off when the journal is opened again.
 """
 
 import fcntl

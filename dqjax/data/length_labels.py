@@ -1,8 +1,8 @@
 """RV and CD by rule, for files that no judge has read.
 
-A stand-in [D]: verbosity is the position of the chain's length on a logarithmic scale, difficulty that of the number of its
-steps (lines). It orders chains by length and knows nothing of their content: labels of a judge or a trained scorer are
-better wherever they can be had.
+A stand-in [D]: verbosity is the position of the chain's length on a logarithmic scale, difficulty that of the number of
+its steps (lines). It orders chains by length and knows nothing of their content: labels of a judge or a trained scorer
+are better wherever they can be had.
 
     RV = clip(9 · log(n / shortest) / log(longest / shortest), 0, 9)
 """

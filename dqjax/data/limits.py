@@ -47,7 +47,9 @@ class Budget:
       record_lost: called with the tokens of each call that may have been billed without an answer.
     """
 
-    def __init__(self, limit: int | None = None, spent: int = 0, record_lost: Callable[[int], None] = lambda tokens: None):
+    def __init__(
+        self, limit: int | None = None, spent: int = 0, record_lost: Callable[[int], None] = lambda tokens: None
+    ):
         self.limit, self.spent = limit, spent
         self._record_lost = record_lost
         self._reserved = 0

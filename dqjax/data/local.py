@@ -1,7 +1,7 @@
 """A teacher in this process: requests that wait at the same time are decoded together.
 
-It knows no model: whoever makes it passes a function from prompts to token ids (`python -m dqjax.data` wires the rollout
-engine to it).
+It knows no model: whoever makes it passes a function from prompts to token ids (`python -m dqjax.data` wires the
+rollout engine to it).
 """
 
 import asyncio
@@ -27,7 +27,9 @@ class LocalTeacher:
       rows: prompts decoded together.
     """
 
-    def __init__(self, name: str, model: str, chat: ChatFormat, generate: Generate, *, rows: int, thinking: bool = True):
+    def __init__(
+        self, name: str, model: str, chat: ChatFormat, generate: Generate, *, rows: int, thinking: bool = True
+    ):
         self.name, self.model, self.parallel = name, model, rows
         self._chat, self._generate, self._rows, self._thinking = chat, generate, rows, thinking
         self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []

@@ -1,8 +1,9 @@
-"""Near-duplicate problems by MinHash (Broder 1997) and banding (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3).
+"""Near-duplicate problems by MinHash (Broder 1997) and banding ("Mining of Massive Datasets", chapter 3).
 
-Two texts' share of equal signature entries estimates the Jaccard similarity J of their sets of word shingles, with standard
-error sqrt(J (1 − J) / k) for k entries. Signatures are cut into b bands of r entries; pairs that agree in a whole band are
-compared, which finds a pair with probability 1 − (1 − J^r)^b: over 0.9999 at J = 0.8 for the 32 bands of 4 used here.
+Two texts' share of equal signature entries estimates the Jaccard similarity J of their sets of word shingles, with
+standard error sqrt(J (1 − J) / k) for k entries. Signatures are cut into b bands of r entries; pairs that agree in a
+whole band are compared, which finds a pair with probability 1 − (1 − J^r)^b: over 0.9999 at J = 0.8 for the 32 bands of
+4 used here.
 
 Signatures lie in a file (512 bytes a text); in memory are 16 bytes a text, and 40 more while a band is sorted.
 """
@@ -29,7 +30,8 @@ class NearConfig(Section):
 
     threshold: estimated Jaccard similarity of word shingles from which two problems are one.
     shingle: words of a shingle.
-    same_numbers: only problems with the same numbers are near-duplicates: a word problem with other numbers is another one.
+    same_numbers: only problems with the same numbers are near-duplicates: a word problem with other numbers is another
+      one.
     """
 
     threshold: float = pydantic.Field(0.8, gt=0, le=1)
@@ -50,7 +52,9 @@ class Signer:
         signatures, numbers = np.zeros((len(texts), ENTRIES), np.uint32), np.zeros(len(texts), np.uint64)
         for i, text in enumerate(texts):
             parts = tokens(text)
-            hashes = np.array([zlib.crc32(s.encode("utf-8", "surrogatepass")) for s in self._shingles(parts)], np.uint64)
+            hashes = np.array(
+                [zlib.crc32(s.encode("utf-8", "surrogatepass")) for s in self._shingles(parts)], np.uint64
+            )
             # Multiply-shift hashing (Dietzfelbinger et al. 1997): the upper 32 bits of a·h + b.
             mixed = (hashes[:, None] * self._multiply + self._add) >> np.uint64(32)
             signatures[i] = mixed.min(axis=0)

@@ -8,8 +8,8 @@
                     medium  a correct but unsuitable chain against an incorrect one                   β = 0.2
                     large   a suitable chain against an incorrect one                                 β = 0.5
 
-A row: `prompt`, `chosen`, `rejected` (lists of messages), `kind`, and for CogPO `gap` and `beta`. Its id is made of the two
-chains' ids.
+A row: `prompt`, `chosen`, `rejected` (lists of messages), `kind`, and for CogPO `gap` and `beta`. Its id is made of the
+two chains' ids.
 """
 
 import asyncio

@@ -18,7 +18,9 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     return iter(lambda: list(itertools.islice(items, size)), [])
 
 
-def map_chunks(work: Callable[[list[T]], Any], items: Iterable[T], *, size: int = 1024, workers: int | None = None) -> Iterator[Any]:
+def map_chunks(
+    work: Callable[[list[T]], Any], items: Iterable[T], *, size: int = 1024, workers: int | None = None
+) -> Iterator[Any]:
     """`work` of each chunk of `items`, in order; `work` is pickled once for each process.
 
     Args:

@@ -9,9 +9,9 @@
       - {stage: verify}
       - {stage: pairs, name: right_wrong, kind: correctness, input: verify}
 
-A step's `name` is its stage's unless given; `input` names earlier steps or files, and is the step before unless given. Step
-NAME writes `out/NAME.jsonl` and the files that `stage` lists. A step whose output is there, made with the same settings from
-the same inputs, is not run again.
+A step's `name` is its stage's unless given; `input` names earlier steps or files, and is the step before unless given.
+Step NAME writes `out/NAME.jsonl` and the files that `stage` lists. A step whose output is there, made with the same
+settings from the same inputs, is not run again.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ import yaml
 from dqjax.config import ConfigError, Section, dump, load, validate
 from dqjax.data import annotate, collecting, generate, holdout, lengths, pairs, refine, select, stats, verify
 from dqjax.data.estimate import scaled_report
-from dqjax.data.stage import Job, Shard
 from dqjax.data.staff import Staff
+from dqjax.data.stage import Job, Shard
 from dqjax.data.teacher import Teacher, TeacherConfig
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class PipelineConfig(Section):
     """The file of `python -m dqjax.data pipeline`, and of each stage's own command.
 
     out: folder for all outputs. teachers: see `teacher`. steps: see the module; their keys are those of the stages.
-    max_total_tokens: what all teachers together may cost, prompts and answers; reaching it ends the run with exit code 3.
+    max_total_tokens: what all teachers together may cost, prompts and answers; reaching it ends the run with exit code
+      3.
     """
 
     out: str
@@ -176,7 +177,11 @@ def run_step(
 
 
 def estimate(
-    config: PipelineConfig, steps: Sequence[Step], *, make_local: Callable[[TeacherConfig], Teacher] | None = None, rows: int = 20
+    config: PipelineConfig,
+    steps: Sequence[Step],
+    *,
+    make_local: Callable[[TeacherConfig], Teacher] | None = None,
+    rows: int = 20,
 ) -> str:
     """Runs all steps on a few rows, in `out/estimate`, and says what the whole would cost.
 

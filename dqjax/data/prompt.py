@@ -44,7 +44,9 @@ class Prompt:
 
     def _value(self, name: str, fields: dict[str, str]) -> str:
         if name not in fields:
-            raise ConfigError(f"prompt {self.label} has a field {{{{{name}}}}}; known here: {', '.join(sorted(fields))}")
+            raise ConfigError(
+                f"prompt {self.label} has a field {{{{{name}}}}}; known here: {', '.join(sorted(fields))}"
+            )
         return fields[name]
 
 
@@ -65,7 +67,9 @@ def load_prompt(name: str) -> Prompt:
             text = (folder / f"{name}.txt").read_text(encoding="utf-8")
         except FileNotFoundError:
             known = sorted(entry.name.removesuffix(".txt") for entry in folder.iterdir())
-            raise ConfigError(f"no prompt {name!r}; shipped are {', '.join(known)}; a path to one ends in .txt") from None
+            raise ConfigError(
+                f"no prompt {name!r}; shipped are {', '.join(known)}; a path to one ends in .txt"
+            ) from None
     match = _FILE.fullmatch(text.strip())
     if match is None:
         raise ConfigError(f"prompt {name}: expected the lines 'version: N', '# system' (may be left out), '# user'")

@@ -2,11 +2,11 @@
 
 CRV (Cai et al. 2025, "Training Small Reasoning LLMs with Cognitive Preference Alignment") [S]: a critic that plays the
 student rates each correct chain easy (steps skipped), medium or hard. A rethinker expands easy ones and simplifies hard
-ones; medium ones stay. The verifier accepts a rewritten chain that still reaches the reference answer; another goes back to
-the rethinker, a bounded number of times.
+ones; medium ones stay. The verifier accepts a rewritten chain that still reaches the reference answer; another goes
+back to the rethinker, a bounded number of times.
 
-Ours [D]: the unsuitable original stays in the file with `suitable: false`, which `select` leaves out and `pairs` needs; the
-chain that could not be rewritten is rejected and counted.
+Ours [D]: the unsuitable original stays in the file with `suitable: false`, which `select` leaves out and `pairs` needs;
+the chain that could not be rewritten is rejected and counted.
 """
 
 import asyncio
@@ -51,8 +51,8 @@ class Config(Section):
 class Rewriter:
     """Asks for a rewritten chain until a verified one comes, a bounded number of times.
 
-    Called with a row, a prompt, the id of the new row, `accept` (which returns the reason why a verified row will not do, or
-    None) and more fields for the prompt.
+    Called with a row, a prompt, the id of the new row, `accept` (which returns the reason why a verified row will not
+    do, or None) and more fields for the prompt.
     """
 
     def __init__(self, job: Job, teacher: str, verifier: Verifier, sampling: SamplingConfig, attempts: int):
@@ -60,7 +60,13 @@ class Rewriter:
         self._sampling, self._attempts = sampling, attempts
 
     async def __call__(
-        self, row: Row, template: Prompt, id: str, *, accept: Callable[[Row], str | None] = lambda row: None, **fields: str
+        self,
+        row: Row,
+        template: Prompt,
+        id: str,
+        *,
+        accept: Callable[[Row], str | None] = lambda row: None,
+        **fields: str,
     ) -> Out:
         said = {"question": question_of(row), "thought": thought_of(row) or "", "solution": solution_of(row)}
         request = Request(template(**said, **fields), self._sampling, prompt=template.label)

@@ -13,7 +13,7 @@ from dqjax.data.records import Record
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Removed:
-    """Why a problem goes. `of`: the benchmark problem it matches, with the benchmark's text, or "" for a near-duplicate."""
+    """Why a problem goes. `of`: the benchmark problem it matches, with its text; "" for a near-duplicate."""
 
     count: str
     of: str = ""
@@ -70,7 +70,9 @@ def find_removed(
                 removed[key] = Removed("near-duplicates")
     for i, match in found.items():
         count = f"contaminated by {match.benchmark}"
-        removed[keys[places[i]]] = Removed(count, f"{match.benchmark}:{match.problem}", match.test, match.score, match.text)
+        removed[keys[places[i]]] = Removed(
+            count, f"{match.benchmark}:{match.problem}", match.test, match.score, match.text
+        )
     return removed
 
 

@@ -7,11 +7,12 @@ They apply in this order; each can be left out.
 
        w ∝ exp(−((RV − RV*(CD))² + λ (CD − CD*)²) / 2τ²)
 
-   RV*(CD) rises with difficulty, so that easy problems get short chains and hard ones long ones; CD* is what the student
-   can follow. Drawn by adding Gumbel noise to log w and taking the largest (Efraimidis and Spirakis 2006, in Gumbel form),
-   the noise of a row being a function of (seed, id): a shard or another order draws the same.
+   RV*(CD) rises with difficulty, so that easy problems get short chains and hard ones long ones; CD* is what the
+   student can follow. Drawn by adding Gumbel noise to log w and taking the largest (Efraimidis and Spirakis 2006, in
+   Gumbel form), the noise of a row being a function of (seed, id): a shard or another order draws the same.
 3. The cap: the first `per_problem_cap` chains of a problem.
-4. The mixture [E]: in each CD bin, the rows whose RV is nearest to the target. It looks at all rows, so it does not shard.
+4. The mixture [E]: in each CD bin, the rows whose RV is nearest to the target. It looks at all rows, so it does not
+shard.
 """
 
 import hashlib
@@ -47,7 +48,8 @@ class DrawConfig(Section):
 class MixtureConfig(Section):
     """The CD-binned mixture.
 
-    edges: of the bins, the last one open above; [0, 3, 6, 10] is the toolkit's. rows: kept in each bin, one number or one a bin.
+    edges: of the bins, the last one open above; [0, 3, 6, 10] is the toolkit's. rows: kept in each bin, one number or
+      one a bin.
     target: RV*(CD), to which the kept rows are nearest.
     """
 
@@ -77,7 +79,8 @@ class Config(Section):
     verbosity, difficulty: [lowest, highest] of RV and CD; rows without the label are left out.
     length: [lowest, highest] characters of the chain. tokens: the same in tokens, as the teacher counted them.
     draw, mixture: see there. per_problem_cap: chains of a problem at most.
-    missing: what the draw and the mixture do with rows without labels: `drop` them, or `keep` them beside what is drawn.
+    missing: what the draw and the mixture do with rows without labels: `drop` them, or `keep` them beside what is
+      drawn.
     """
 
     correct: bool = True
@@ -132,7 +135,7 @@ def log_weight(row: Row, draw: DrawConfig) -> float | None:
 
 
 def choose_mixture(config: Config, job: Job) -> Callable[[Sequence[Row]], list[Out]]:
-    """`choose`, followed by the mixture; reads the input once to find the kept rows (24 bytes a row), once to write them."""
+    """`choose`, then the mixture; reads the input to find the kept rows (24 bytes a row), and again to write them."""
     mixture, places, bins, distances = config.mixture, [], [], []
     at = 0
     for group in job.groups(whole=True):

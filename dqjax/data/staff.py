@@ -1,4 +1,4 @@
-"""The teachers of a run: made from their configs when a stage needs them, with one connection pool, journal and budget."""
+"""The teachers of a run: made when a stage needs them, with one connection pool, journal and budget."""
 
 import contextlib
 import pathlib

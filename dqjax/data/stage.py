@@ -1,14 +1,15 @@
 """What all stages share: rows in and out, shards, journals, and the order of answers.
 
-A stage is a module with `HELP`, a `Config`, and `run(config, job)`. It maps the rows of one problem (they stand together) to
-rows and `Rejection`s; the `Job` does the rest:
+A stage is a module with `HELP`, a `Config`, and `run(config, job)`. It maps the rows of one problem (they stand
+together) to rows and `Rejection`s; the `Job` does the rest:
 
     OUT.jsonl             the rows, in the order of the input; complete or not there
     OUT.rejected.jsonl    each row that did not get through, with its reason
     OUT.counts.json       what was counted, the settings, and a fingerprint of the inputs
     OUT.journal.jsonl     the teachers' answers, for stages that ask (see `journal`)
 
-Killed at any moment and run again, a stage reads its input anew, finds in the journal what was answered, and asks the rest.
+Killed at any moment and run again, a stage reads its input anew, finds in the journal what was answered, and asks the
+rest.
 """
 
 import asyncio
@@ -189,7 +190,9 @@ class Job:
 
     def count_rows(self) -> int:
         """Usable rows of all inputs, whatever `limit` says."""
-        return sum(not isinstance(row, Rejected) for path in self.inputs for row in read_chain_rows(SourceConfig(path=path)))
+        return sum(
+            not isinstance(row, Rejected) for path in self.inputs for row in read_chain_rows(SourceConfig(path=path))
+        )
 
     async def _map_ordered(self, transform: Callable[[list[Row]], Awaitable[Iterable[Out]]], width: int) -> None:
         pending: collections.deque[asyncio.Task] = collections.deque()

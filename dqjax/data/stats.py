@@ -1,4 +1,4 @@
-"""A report of a run: rows at every step, reasons, RV × CD, lengths, missing labels, tokens. One HTML page that needs nothing else.
+"""A report of a run: rows at every step, reasons, RV × CD, lengths, missing labels, tokens; one HTML page.
 
 Beside stats.html stand stats.json (the figures) and, where matplotlib is installed, stats.png.
 """
@@ -42,7 +42,9 @@ def step_reports(folder: pathlib.Path) -> list[dict[str, Any]]:
         steps = yaml.safe_load(plan.read_text(encoding="utf-8"))["steps"]
         order = [str(step.get("name") or step["stage"]) for step in steps]
     paths = [*folder.glob("*.counts.json"), *folder.glob("*/train.counts.json")]
-    reports = [json.loads(path.read_text()) for path in paths if ".shard-" not in path.name and path.parent.name != "estimate"]
+    reports = [
+        json.loads(path.read_text()) for path in paths if ".shard-" not in path.name and path.parent.name != "estimate"
+    ]
     key = lambda r: (order.index(r["step"]) if r["step"] in order else len(order), r["step"])  # noqa: E731
     return [{name: report[name] for name in ("step", "counts", "usage")} for report in sorted(reports, key=key)]
 
@@ -131,7 +133,9 @@ def draw(chains: Mapping[str, Any], path: pathlib.Path) -> bool:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     image = left.imshow(chains["rv_cd"], origin="lower", cmap="viridis")
-    left.set(xlabel="Reasoning Verbosity", ylabel="Cognitive Difficulty", xticks=range(10), yticks=range(10), title="chains")
+    left.set(
+        xlabel="Reasoning Verbosity", ylabel="Cognitive Difficulty", xticks=range(10), yticks=range(10), title="chains"
+    )
     figure.colorbar(image, ax=left)
     right.bar(list(chains["words"]), list(chains["words"].values()), color="#31688e")
     right.tick_params(axis="x", rotation=60)

@@ -1,7 +1,7 @@
 """Teachers: what the stages ask, what comes back, and a client for OpenAI-compatible endpoints.
 
-A stage sees the protocol `Teacher` alone. `EndpointTeacher` speaks to servers, `dqjax.data.local.LocalTeacher` to a model in
-this process, `Journaled` wraps either so that an answer is on disk before it counts.
+A stage sees the protocol `Teacher` alone. `EndpointTeacher` speaks to servers, `dqjax.data.local.LocalTeacher` to a
+model in this process, `Journaled` wraps either so that an answer is on disk before it counts.
 """
 
 import asyncio
@@ -62,10 +62,11 @@ class TeacherConfig(Section):
     """One teacher: a model behind one or several endpoints, or a local one.
 
     name: what stages and rows call it. model: what provenance and the journal call it; by default the first endpoint's
-      model, or the local checkpoint. An answer in the journal stays valid as long as `model` does, whatever endpoint gave it.
+      model, or the local checkpoint. An answer in the journal stays valid as long as `model` does, whatever endpoint
+      gave it.
     attempts: of a request, the first included.
-    backoff, max_backoff: seconds; after attempt k a random time up to backoff · 2^(k-1) is waited. Retry-After rests the
-      whole endpoint.
+    backoff, max_backoff: seconds; after attempt k a random time up to backoff · 2^(k-1) is waited. Retry-After rests
+      the whole endpoint.
     """
 
     name: str
@@ -122,7 +123,8 @@ class Reply:
     Attributes:
       text: the content. reasoning: the chain, where the server split it off.
       finish: "stop", or "length" where it was cut at max_tokens.
-      model: as `TeacherConfig.identity`. time: Unix time of the answer. seconds: how long it took, all attempts included.
+      model: as `TeacherConfig.identity`. time: Unix time of the answer. seconds: how long it took, all attempts
+        included.
     """
 
     text: str
@@ -164,9 +166,10 @@ class Teacher(Protocol):
 class EndpointTeacher:
     """A model behind OpenAI-compatible endpoints (https://platform.openai.com/docs/api-reference/chat).
 
-    A request goes to the endpoint with the smallest share of its slots in use, endpoints that are pausing (Retry-After, or
-    several faults in a row) last. A fault that may pass (see `endpoint`) is tried again, on another endpoint where there is
-    one, after exponential backoff with full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter", 2015).
+    A request goes to the endpoint with the smallest share of its slots in use, endpoints that are pausing (Retry-After,
+    or several faults in a row) last. A fault that may pass (see `endpoint`) is tried again, on another endpoint where
+    there is one, after exponential backoff with full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter",
+    2015).
 
     Args:
       endpoints: clients; they share a connection pool.
@@ -197,7 +200,9 @@ class EndpointTeacher:
                 if attempt == self._config.attempts:
                     raise CallFailed(f"{fault.reason} (attempt {attempt}, the last)") from None
                 tried = endpoint
-                await asyncio.sleep(random.random() * min(self._config.backoff * 2 ** (attempt - 1), self._config.max_backoff))
+                await asyncio.sleep(
+                    random.random() * min(self._config.backoff * 2 ** (attempt - 1), self._config.max_backoff)
+                )
                 attempt += 1
                 continue
             return Reply(model=self.model, time=time.time(), seconds=time.monotonic() - started, **answer)

@@ -20,8 +20,8 @@ HELP = "say which chains reach the reference answer: graders, code tests, or a j
 class Config(Section):
     """verify.
 
-    by: `graders` (rules and code tests), `judge` (a teacher compares with the reference), or `auto`: graders, and the judge
-      for what they cannot grade.
+    by: `graders` (rules and code tests), `judge` (a teacher compares with the reference), or `auto`: graders, and the
+      judge for what they cannot grade.
     judge: the teacher's name; needed for `judge`, optional for `auto`.
     keep: which rows go on: all of them, or the correct ones.
     """

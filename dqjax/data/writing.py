@@ -84,5 +84,7 @@ class _Parquet:
                 self._writer = pyarrow.parquet.ParquetWriter(self._path, table.schema)
             self._writer.write_table(table)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as e:
-            raise ConfigError(f"{self._path.name}: these rows fit no parquet schema ({e}); write .jsonl instead") from None
+            raise ConfigError(
+                f"{self._path.name}: these rows fit no parquet schema ({e}); write .jsonl instead"
+            ) from None
         self._rows = []

@@ -99,7 +99,9 @@ class ChatServer:
         whole = reply(Say("the answer is long enough to be cut in two"))
         match act.kind:
             case "cut":
-                data = _stream(Say("long enough to be cut"), cut=True) if sent.get("stream") else whole[: len(whole) - 30]
+                data = (
+                    _stream(Say("long enough to be cut"), cut=True) if sent.get("stream") else whole[: len(whole) - 30]
+                )
                 connection.transport.write(data)
                 connection.transport.close()
             case "malformed":

@@ -2,9 +2,9 @@
 
 import json
 
-from dqjax.data.pipeline import read_pipeline, run_pipeline
-
 import yaml
+
+from dqjax.data.pipeline import read_pipeline, run_pipeline
 
 
 def problems(n, start=0):

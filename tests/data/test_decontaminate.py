@@ -37,7 +37,16 @@ BENCHMARK = [
     "How many ordered pairs $(a, b)$ of integers satisfy $a^2 + b^2 < 26$ and $ab \\geq 0$?",
     "Determine the remainder when the sum $1! + 2! + 3! + \\cdots + 50!$ is divided by fifteen.",
 ]  # fmt: skip
-WORDS = {"3": "three", "24": "twenty-four", "12": "twelve", "35": "thirty-five", "60": "sixty", "90": "ninety", "100": "one hundred", "26": "twenty-six"}
+WORDS = {
+    "3": "three",
+    "24": "twenty-four",
+    "12": "twelve",
+    "35": "thirty-five",
+    "60": "sixty",
+    "90": "ninety",
+    "100": "one hundred",
+    "26": "twenty-six",
+}
 
 
 def worded(text):
@@ -58,7 +67,9 @@ COPIES = {
     "another first word": lambda t: "Please solve this. " + t,
     "another end": lambda t: t + " Put the final answer in a box.",
     "a word changed": lambda t: t.replace("the", "this", 1).replace("Find", "Determine").replace("What is", "Compute"),
-    "an unrelated text around": lambda t: "Here is an exercise that I saw in a book yesterday evening. " + t + " Thank you for any help.",
+    "an unrelated text around": lambda t: (
+        "Here is an exercise that I saw in a book yesterday evening. " + t + " Thank you for any help."
+    ),
 }
 
 
@@ -76,7 +87,16 @@ def benchmarks(tmp_path_factory):
 def unrelated(n):
     """Problems of many tasks of reasoning-gym, none about the benchmark's."""
     gym = pytest.importorskip("reasoning_gym")
-    names = ["gsm_symbolic", "basic_arithmetic", "age", "family_relationships", "knights_knaves", "leg_counting", "gcd", "lcm"]
+    names = [
+        "gsm_symbolic",
+        "basic_arithmetic",
+        "age",
+        "family_relationships",
+        "knights_knaves",
+        "leg_counting",
+        "gcd",
+        "lcm",
+    ]
     known = [name for name in names if name in gym.factory.DATASETS]
     each = -(-n // len(known))
     return [item["question"] for name in known for item in gym.create_dataset(name, seed=5, size=each)][:n]
@@ -110,7 +130,13 @@ def test_a_task_does_not_match_itself(tmp_path):
 def test_each_test_says_which_it_was(benchmarks):
     assert benchmarks.find(record(BENCHMARK[0].lower())).test == "equal"
     assert benchmarks.find(record("First of all: " + BENCHMARK[1] + " Be brief.")).test == "10-gram"
-    changed = BENCHMARK[1].replace("leaves", "left").replace("later", "after").replace("follows", "pursues").replace("many", "few")
+    changed = (
+        BENCHMARK[1]
+        .replace("leaves", "left")
+        .replace("later", "after")
+        .replace("follows", "pursues")
+        .replace("many", "few")
+    )
     match = benchmarks.find(record(changed))
     assert match.test == "similarity" and 0.8 <= match.score < 1
 
@@ -208,10 +234,15 @@ def test_collect_removes_and_reports(tmp_path):
 
 def test_the_command_keeps_rows_as_they_are(tmp_path, capsys):
     chains = [{"thought": "think", "solution": "7", "odd": None}]
-    rows = [{"question": text, "reasoning": chains, "note": [1, {"a": 2}]} for text in ("What is 3+4, my friend?", worded(BENCHMARK[8]))]
+    rows = [
+        {"question": text, "reasoning": chains, "note": [1, {"a": 2}]}
+        for text in ("What is 3+4, my friend?", worded(BENCHMARK[8]))
+    ]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
-    bench = write_jsonl(tmp_path / "bench.jsonl", [{"id": i, "question": t, "answer": "3"} for i, t in enumerate(BENCHMARK)])
+    bench = write_jsonl(
+        tmp_path / "bench.jsonl", [{"id": i, "question": t, "answer": "3"} for i, t in enumerate(BENCHMARK)]
+    )
     out = tmp_path / "clean.jsonl"
     assert main(["decontaminate", str(data), "--against", bench, "--out", str(out)]) == 0
     assert read_jsonl(out) == rows[:1]
@@ -225,7 +256,9 @@ def test_the_command_keeps_rows_as_they_are(tmp_path, capsys):
 def test_processes_find_the_same(tmp_path):
     texts = unrelated(2100) + BENCHMARK
     data = write_jsonl(tmp_path / "data.jsonl", [{"id": i, "prompt": t} for i, t in enumerate(texts)])
-    bench = write_jsonl(tmp_path / "bench.jsonl", [{"id": i, "question": t, "answer": "3"} for i, t in enumerate(BENCHMARK)])
+    bench = write_jsonl(
+        tmp_path / "bench.jsonl", [{"id": i, "question": t, "answer": "3"} for i, t in enumerate(BENCHMARK)]
+    )
     config = DecontaminateConfig(benchmarks=[bench])
     counts = decontaminate(data, config, tmp_path / "two.jsonl", workers=2)
     assert counts["clean"] == 2100 and sum(counts.values()) == 2112

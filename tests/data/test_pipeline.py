@@ -26,7 +26,17 @@ from dqjax.data.teacher import TeacherConfig
 from dqjax.generate import Generator
 from dqjax.rollout.sampling import Sampling
 from tests.data.chat_server import ChatServer, Say
-from tests.data.factory import counts, endpoint, problems, read_jsonl, run, teacher, timeless, write_jsonl, write_pipeline
+from tests.data.factory import (
+    counts,
+    endpoint,
+    problems,
+    read_jsonl,
+    run,
+    teacher,
+    timeless,
+    write_jsonl,
+    write_pipeline,
+)
 from tests.workspace import make_workspace
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -98,16 +108,27 @@ def test_the_example_from_problems_to_a_file_that_trains(workspace):
     chains = read_jsonl(out / "split.jsonl")
     assert all(row["correct"] and row.get("suitable") is not False for row in chains)
     assert {e["field"] for e in chains[0]["provenance"]} >= {"messages", "correct", VERBOSITY, DIFFICULTY}
-    test = {normalise_question(row["prompt"][0]["content"]) for row in read_jsonl(workspace / "runs/chain_sum/data/test.jsonl")}
+    test = {
+        normalise_question(row["prompt"][0]["content"])
+        for row in read_jsonl(workspace / "runs/chain_sum/data/test.jsonl")
+    }
     assert not test & {normalise_question(row["messages"][0]["content"]) for row in chains}
     for name in ("right_wrong", "cogpo", "quality", "style"):
         assert counts(out, name)["out"] > 0, name
         rows = list(read_records(SourceConfig(path=str(out / f"{name}.jsonl"))))
         assert rows and all(row.chosen is not None for row in rows)
-    assert {(row["gap"], row["beta"]) for row in read_jsonl(out / "cogpo.jsonl")} == {("small", 0.1), ("medium", 0.2), ("large", 0.5)}
+    assert {(row["gap"], row["beta"]) for row in read_jsonl(out / "cogpo.jsonl")} == {
+        ("small", 0.1),
+        ("medium", 0.2),
+        ("large", 0.5),
+    }
     base = workspace / "runs/chain_sum"
     run_to = [f"model.init_from={base}/student", f"data.sources={out}/split.jsonl", f"data.cache_dir={workspace}/cache"]
-    run_to += [f"data.validation={out}/split.validation.jsonl", f"train.run_dir={workspace}/trained", "train.sample_tokens=0"]
+    run_to += [
+        f"data.validation={out}/split.validation.jsonl",
+        f"train.run_dir={workspace}/trained",
+        "train.sample_tokens=0",
+    ]
     assert train(["--config", str(ROOT / "configs/debug/sft.yaml"), *run_to]) == 0
 
 
@@ -126,7 +147,11 @@ def served(generator):
                 (sample,) = generator.generate([messages])
                 text = generator.text_of(sample)
             usage = {"prompt_tokens": len(generator.prompt_ids(messages)), "completion_tokens": len(sample.token_ids)}
-            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": sample.finish_reason}
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": sample.finish_reason,
+            }
             body = json.dumps({"choices": [choice], "usage": usage}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -213,7 +238,15 @@ def test_all_stages_against_transformers_serve(workspace, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(pathlib.Path(sys.executable).with_name("transformers")), "serve", model, "--device", "cpu", "--dtype", "float32"]
+    command = [
+        str(pathlib.Path(sys.executable).with_name("transformers")),
+        "serve",
+        model,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     with subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], env=environment) as server:
         try:
@@ -221,12 +254,16 @@ def test_all_stages_against_transformers_serve(workspace, tmp_path):
             while not _is_up(f"{url}/health"):
                 assert server.poll() is None and time.monotonic() < deadline, "transformers serve did not start"
                 time.sleep(1)
-            config = yaml.safe_load(EXAMPLE.read_text().replace("runs/chain_sum/data", f"{workspace}/runs/chain_sum/data"))
+            config = yaml.safe_load(
+                EXAMPLE.read_text().replace("runs/chain_sum/data", f"{workspace}/runs/chain_sum/data")
+            )
             config["out"] = str(tmp_path / "out")
             config["teachers"] = [teacher(endpoint(f"{url}/v1", model=model, concurrency=8), name="tiny")]
             config["steps"][0]["sources"][0]["size"] = 8
             if source != trained:
-                config["steps"] = [s for s in config["steps"] if s["stage"] != "split"]  # nothing is right: nothing to split
+                config["steps"] = [
+                    s for s in config["steps"] if s["stage"] != "split"
+                ]  # nothing is right: nothing to split
             path = tmp_path / "example.yaml"
             path.write_text(yaml.safe_dump(config).replace("validation: 8", "validation: 2"))
             assert main(["pipeline", "--config", str(path)]) == 0

@@ -19,7 +19,10 @@ def reply(text, reasoning=None, finish="stop"):
     [
         (reply("<think>\nadd\n</think>\n\n7"), ("add", "7")),
         (reply("add</think>7"), ("add", "7")),
-        (reply("<|begin_of_thought|>\nadd\n<|end_of_thought|>\n\n<|begin_of_solution|>\n7\n<|end_of_solution|>"), ("add", "7")),
+        (
+            reply("<|begin_of_thought|>\nadd\n<|end_of_thought|>\n\n<|begin_of_solution|>\n7\n<|end_of_solution|>"),
+            ("add", "7"),
+        ),
         (reply("7", "add\n"), ("add", "7")),
         (reply("It is 7."), (None, "It is 7.")),
         (reply("<think>\n\n</think>\n\n7"), (None, "7")),

@@ -18,7 +18,18 @@ from dqjax.data.sources import Rejected, read_records
 from dqjax.data.stage import Shard
 from dqjax.rewards.verbosity import StyleConfig
 from tests.data.chat_server import ChatServer, Fail, Say
-from tests.data.factory import chain, counts, endpoint, problems, read_jsonl, run, teacher, timeless, write_jsonl, write_pipeline
+from tests.data.factory import (
+    chain,
+    counts,
+    endpoint,
+    problems,
+    read_jsonl,
+    run,
+    teacher,
+    timeless,
+    write_jsonl,
+    write_pipeline,
+)
 
 ONE = problems(1)[0]
 
@@ -43,7 +54,10 @@ def reasons(folder, name):
 
 def test_verify_by_graders(tmp_path):
     rows = [chain(p) for p in problems(3)] + [chain(problems(4)[3], solution="9")]
-    rows += [{k: v for k, v in chain(problems(5)[4]).items() if k != "answer"}, {"id": "bare", "prompt": "x?", "answer": "1"}]
+    rows += [
+        {k: v for k, v in chain(problems(5)[4]).items() if k != "answer"},
+        {"id": "bare", "prompt": "x?", "answer": "1"},
+    ]
     out = step(tmp_path, rows, stage="verify")
     assert [row.get("correct") for row in out] == [True, True, True, False, None]
     said = counts(tmp_path / "out", "verify")
@@ -63,7 +77,9 @@ def test_verify_by_judge_takes_only_verdicts(tmp_path):
     rows = [chain(p) for p in problems(5)] + [{k: v for k, v in chain(problems(6)[5]).items() if k != "answer"}]
     with ChatServer(script) as server:
         path = write_jsonl(tmp_path / "in.jsonl", rows)
-        out = run(tmp_path, [teacher(endpoint(server.url))], [{"stage": "verify", "by": "judge", "judge": "t", "input": path}])
+        out = run(
+            tmp_path, [teacher(endpoint(server.url))], [{"stage": "verify", "by": "judge", "judge": "t", "input": path}]
+        )
         assert server.total == 5
     made = read_jsonl(out / "verify.jsonl")
     assert [row.get("correct") for row in made] == [True, False, None, None, True, None]
@@ -86,7 +102,20 @@ def test_verify_auto_asks_the_judge_only_where_graders_fail(tmp_path):
 
 
 def test_nonsense_never_makes_a_score(tmp_path):
-    nonsense = ["great!", "10", "3 or 4", "-1", "", "4.5", "<think>\n4", "I would say about 7 of them", "six", "0 1", "null", "[5]x"]
+    nonsense = [
+        "great!",
+        "10",
+        "3 or 4",
+        "-1",
+        "",
+        "4.5",
+        "<think>\n4",
+        "I would say about 7 of them",
+        "six",
+        "0 1",
+        "null",
+        "[5]x",
+    ]
 
     def script(question, before, sent):
         text = nonsense[int(question.split("What is ")[1].split()[0]) % len(nonsense)]
@@ -129,7 +158,9 @@ def test_votes_give_median_and_spread_and_need_a_majority(tmp_path):
     with ChatServer(lambda q, b, s: Say(said[int(q.split("What is ")[1][0])][s["seed"]])) as server:
         path = write_jsonl(tmp_path / "in.jsonl", rows)
         settings = {"votes": 5, "sampling": {"temperature": 0.7}, "labels": ["verbosity"]}
-        out = run(tmp_path, [teacher(endpoint(server.url))], [{"stage": "annotate", "judge": "t", "input": path, **settings}])
+        out = run(
+            tmp_path, [teacher(endpoint(server.url))], [{"stage": "annotate", "judge": "t", "input": path, **settings}]
+        )
         assert server.total == 15
     made = read_jsonl(out / "annotate.jsonl")
     assert [(row.get(VERBOSITY), row.get(f"{VERBOSITY}_spread")) for row in made] == [(4, 7), (6, 3), (None, None)]
@@ -220,7 +251,11 @@ def test_filters_say_why(tmp_path):
 
 
 def test_the_draw_follows_the_formula():
-    draw = DrawConfig(target=StyleConfig(verbosity=None, verbosity_at_0=1, verbosity_at_9=8, difficulty=4), difficulty_weight=0.5, temperature=2.0)
+    draw = DrawConfig(
+        target=StyleConfig(verbosity=None, verbosity_at_0=1, verbosity_at_9=8, difficulty=4),
+        difficulty_weight=0.5,
+        temperature=2.0,
+    )
     row = labelled(0, 6, 9)
     assert log_weight(row, draw) == pytest.approx(-((6 - 8) ** 2 + 0.5 * (9 - 4) ** 2) / (2 * 2.0**2))
     assert log_weight(labelled(0, None, 5), draw) is None
@@ -253,13 +288,17 @@ def test_missing_labels_can_stay_beside_the_drawn(tmp_path):
 
 def test_the_mixture_keeps_the_nearest_in_each_bin(tmp_path):
     rows = []
-    for i, (verbosity, difficulty) in enumerate([(1, 0), (5, 1), (2, 2.5), (4, 3), (9, 5), (5, 6), (5, 9), (1, 8), (3, None)]):
+    for i, (verbosity, difficulty) in enumerate(
+        [(1, 0), (5, 1), (2, 2.5), (4, 3), (9, 5), (5, 6), (5, 9), (1, 8), (3, None)]
+    ):
         rows.append(labelled(i, verbosity, difficulty) | {"problem_id": f"p{i}", "id": f"r{i}"})
     out = step(tmp_path, rows, stage="select", mixture={"rows": [2, 1, 1], "target": {"verbosity": 4.0}})
     assert [row["id"] for row in out] == ["r1", "r2", "r3", "r5"]
     assert counts(tmp_path / "out", "select")["CD bin [3, 6)"] == 1
     assert reasons(tmp_path, "select") == {"its CD bin is full": 4, "RV or CD missing": 1}
-    path = write_pipeline(tmp_path, [], [{"stage": "select", "input": str(tmp_path / "in.jsonl"), "mixture": {"rows": 1}}])
+    path = write_pipeline(
+        tmp_path, [], [{"stage": "select", "input": str(tmp_path / "in.jsonl"), "mixture": {"rows": 1}}]
+    )
     assert main(["select", "--config", path, "--shard", "0/2"]) == 2
 
 
@@ -278,7 +317,13 @@ def test_right_against_wrong(tmp_path):
 
 
 def test_near_against_far(tmp_path):
-    rows = [labelled(0, 4, 4), labelled(1, 9, 9), labelled(2, 4.5, 4), labelled(3, None, 4), labelled(4, 9, 9) | {"correct": False}]
+    rows = [
+        labelled(0, 4, 4),
+        labelled(1, 9, 9),
+        labelled(2, 4.5, 4),
+        labelled(3, None, 4),
+        labelled(4, 9, 9) | {"correct": False},
+    ]
     target = {"target": {"verbosity": 4.0}}
     (pair,) = step(tmp_path, rows, stage="pairs", kind="style", target=target, per_problem=5)
     assert pair["id"] == "p0#t/0>p0#t/1" and pair["distance"] == pytest.approx(50**0.5, abs=1e-3)
@@ -287,7 +332,8 @@ def test_near_against_far(tmp_path):
 def test_cogpo_has_three_gaps_with_their_betas(tmp_path):
     rows = [
         chain(ONE, 0, thought="hard", correct=True, suitable=False),
-        chain(ONE, 0, thought="simpler", correct=True, suitable=True) | {"id": "p0#t/0~refined", "refined_from": "p0#t/0"},
+        chain(ONE, 0, thought="simpler", correct=True, suitable=True)
+        | {"id": "p0#t/0~refined", "refined_from": "p0#t/0"},
         chain(ONE, 2, thought="wrong", solution="9", correct=False),
     ]
     out = step(tmp_path, rows, stage="pairs", kind="cogpo")
@@ -304,7 +350,11 @@ def test_quality_pairs_ask_twice(tmp_path):
 
     with ChatServer(script) as server:
         path = write_jsonl(tmp_path / "in.jsonl", problems(2))
-        out = run(tmp_path, [teacher(endpoint(server.url))], [{"stage": "pairs", "kind": "quality", "teacher": "t", "input": path}])
+        out = run(
+            tmp_path,
+            [teacher(endpoint(server.url))],
+            [{"stage": "pairs", "kind": "quality", "teacher": "t", "input": path}],
+        )
         assert server.total == 4
     (pair,) = read_jsonl(out / "pairs.jsonl")
     assert pair["chosen"][0]["content"] == "A long and good answer." and pair["rejected"][0]["content"] == "Dunno."
@@ -317,7 +367,10 @@ def test_quality_pairs_ask_twice(tmp_path):
 
 def test_split_by_problem_in_all_formats(tmp_path):
     rows = [chain(p, k, thought=f"way {k}", metadata={"x": i}) for i, p in enumerate(problems(40)) for k in range(3)]
-    rows += [chain(p | {"prompt": p["prompt"].upper()}, 9) | {"problem_id": f"again{i}", "id": f"again{i}"} for i, p in enumerate(problems(40))]
+    rows += [
+        chain(p | {"prompt": p["prompt"].upper()}, 9) | {"problem_id": f"again{i}", "id": f"again{i}"}
+        for i, p in enumerate(problems(40))
+    ]
     step(tmp_path, rows, stage="split", validation=0.25)
     out = tmp_path / "out"
     train, held = read_jsonl(out / "split.jsonl"), read_jsonl(out / "split.validation.jsonl")
@@ -325,12 +378,18 @@ def test_split_by_problem_in_all_formats(tmp_path):
     assert len(train) + len(held) == 160 and not {key(r) for r in train} & {key(r) for r in held}
     assert len({key(r) for r in held}) == 10 and "metadata" not in train[0]
     plain = read_jsonl(out / "split.messages.jsonl")
-    assert plain[0]["messages"][1] == {"role": "assistant", "content": "<think>\nway 0\n</think>\n\n0"} and set(plain[0]) == {"id", "messages"}
+    assert plain[0]["messages"][1] == {"role": "assistant", "content": "<think>\nway 0\n</think>\n\n0"} and set(
+        plain[0]
+    ) == {"id", "messages"}
     assert [r["id"] for r in plain] == [r["id"] for r in train]
     for name in ("split", "split.validation", "split.messages"):
-        loaded = datasets.load_dataset("json", data_files=str(out / f"{name}.jsonl"), split="train", cache_dir=str(tmp_path / "hf"))
+        loaded = datasets.load_dataset(
+            "json", data_files=str(out / f"{name}.jsonl"), split="train", cache_dir=str(tmp_path / "hf")
+        )
         assert loaded.num_rows == len(read_jsonl(out / f"{name}.jsonl"))
-    again = [next(iter(read_records(SourceConfig(path=str(out / f"{name}.jsonl"))))) for name in ("split", "split.messages")]
+    again = [
+        next(iter(read_records(SourceConfig(path=str(out / f"{name}.jsonl"))))) for name in ("split", "split.messages")
+    ]
     assert again[0].messages == again[1].messages and again[0].messages[-1].reasoning == "way 0"
 
 
@@ -344,10 +403,32 @@ def test_parquet_in_and_out(tmp_path):
     path = write_pipeline(tmp_path, [], [{"stage": "verify", "input": write_jsonl(tmp_path / "in.jsonl", rows)}])
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(tmp_path / "in.parquet")
-    assert main(["verify", "--config", path, "--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "v.parquet")]) == 0
-    loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "v.parquet"), split="train", cache_dir=str(tmp_path / "hf"))
+    assert (
+        main(
+            [
+                "verify",
+                "--config",
+                path,
+                "--input",
+                str(tmp_path / "in.parquet"),
+                "--output",
+                str(tmp_path / "v.parquet"),
+            ]
+        )
+        == 0
+    )
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "v.parquet"), split="train", cache_dir=str(tmp_path / "hf")
+    )
     assert loaded["correct"] == [True] * 5 and loaded["id"] == [row["id"] for row in rows]
-    lone = ["select", "--input", str(tmp_path / "v.parquet"), "per_problem_cap=1", "--output", str(tmp_path / "s.jsonl")]
+    lone = [
+        "select",
+        "--input",
+        str(tmp_path / "v.parquet"),
+        "per_problem_cap=1",
+        "--output",
+        str(tmp_path / "s.jsonl"),
+    ]
     assert main(lone) == 0 and len(read_jsonl(tmp_path / "s.jsonl")) == 5
     assert main(["select", "--input", str(tmp_path / "v.parquet")]) == 2
     assert main([*lone, "cap=1"]) == 2

@@ -68,7 +68,9 @@ def test_a_thousand_rows_through_every_fault(tmp_path, stream):
         lost = [i for i, mine in plan.items() if mine[:1] == [Fail("400")] or len(mine) == attempts]
         assert sorted(row["problem_id"] for row in failed) == sorted(f"p{i}" for i in lost)
         assert all(row["failed"] and row["reason"] for row in failed)
-        assert [row["problem_id"] for row in done] == [f"p{i}" for i in range(1000) if i not in set(lost)]  # in order, once
+        assert [row["problem_id"] for row in done] == [
+            f"p{i}" for i in range(1000) if i not in set(lost)
+        ]  # in order, once
         for row in done:
             assert row["messages"][-1]["content"] == row["answer"]
         asked = collections.Counter({number(question): n for (question, _), n in server.calls.items()})
@@ -223,8 +225,15 @@ def test_concurrency_is_bounded_and_used(tmp_path):
 
 def test_endpoints_share_the_work_and_a_dead_one_does_not_swallow_it(tmp_path):
     rows = write_jsonl(tmp_path / "p.jsonl", problems(200))
-    with ChatServer(lambda q, b, s: solved(q), latency=0.01) as one, ChatServer(lambda q, b, s: solved(q), latency=0.01) as two:
-        places = [endpoint(one.url, concurrency=4), endpoint(two.url, concurrency=12), endpoint("http://127.0.0.1:9/v1", concurrency=4)]
+    with (
+        ChatServer(lambda q, b, s: solved(q), latency=0.01) as one,
+        ChatServer(lambda q, b, s: solved(q), latency=0.01) as two,
+    ):
+        places = [
+            endpoint(one.url, concurrency=4),
+            endpoint(two.url, concurrency=12),
+            endpoint("http://127.0.0.1:9/v1", concurrency=4),
+        ]
         out = run(tmp_path, [teacher(*places)], [generate(rows)])
         assert len(read_jsonl(out / "generate.jsonl")) == 200
         assert one.total + two.total == 200 and 1.5 < two.total / one.total < 6
@@ -290,7 +299,9 @@ def test_estimated_hours_follow_slots_and_rates():
 
 def test_estimate_without_rows(tmp_path):
     rows = write_jsonl(tmp_path / "p.jsonl", [])
-    config, steps = read_pipeline(write_pipeline(tmp_path, [teacher(endpoint("http://127.0.0.1:9/v1"))], [generate(rows)]))
+    config, steps = read_pipeline(
+        write_pipeline(tmp_path, [teacher(endpoint("http://127.0.0.1:9/v1"))], [generate(rows)])
+    )
     assert "nothing to estimate" in estimate(config, steps)
 
 
@@ -325,7 +336,9 @@ def test_local_teacher_batches_and_does_not_depend_on_the_batch(chat3):
 
     async def ask(n):
         tutor = LocalTeacher("tiny", "m", chat3, make, rows=8)
-        requests = [Request((Message("user", f"What is {i}?"),), SamplingConfig(), k) for i in range(n) for k in range(2)]
+        requests = [
+            Request((Message("user", f"What is {i}?"),), SamplingConfig(), k) for i in range(n) for k in range(2)
+        ]
         replies = await asyncio.gather(*map(tutor.ask, requests))
         await tutor.close()
         return [(r.text, r.reasoning, r.finish) for r in replies]

@@ -47,7 +47,9 @@ class Answering(asyncio.Protocol):
 
 def serve(latency, url):
     async def main():
-        server = await asyncio.get_running_loop().create_server(lambda: Answering(latency), "127.0.0.1", 0, backlog=2000)
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Answering(latency), "127.0.0.1", 0, backlog=2000
+        )
         url.put(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
         await server.serve_forever()
 
@@ -88,13 +90,22 @@ def main():
         for name in ("client", "with journal"):
             journal = Journal(folder / "j.jsonl") if name == "with journal" else None
             rate, cpu = uvloop.run(ask_many(url, args.in_flight, args.calls, journal))
-            print(f"{name:14} {rate:7.0f} calls/s, {rate / ideal:.1%} of the ideal {ideal:.0f}; {cpu:.0f} us of CPU a call", flush=True)
+            print(
+                f"{name:14} {rate:7.0f} calls/s, {rate / ideal:.1%} of the ideal {ideal:.0f}; {cpu:.0f} us of CPU a call",
+                flush=True,
+            )
         rows = write_jsonl(folder / "p.jsonl", problems(args.calls))
         cpu, started = time.process_time(), time.perf_counter()
-        run(folder, [teacher(endpoint(url, concurrency=args.in_flight))], [{"stage": "generate", "teachers": ["t"], "input": rows}])
+        run(
+            folder,
+            [teacher(endpoint(url, concurrency=args.in_flight))],
+            [{"stage": "generate", "teachers": ["t"], "input": rows}],
+        )
         rate = args.calls / (time.perf_counter() - started)
         cpu = 1e6 * (time.process_time() - cpu) / args.calls
-        print(f"{'generate stage':14} {rate:7.0f} calls/s, {rate / ideal:.1%} of the ideal {ideal:.0f}; {cpu:.0f} us of CPU a call")
+        print(
+            f"{'generate stage':14} {rate:7.0f} calls/s, {rate / ideal:.1%} of the ideal {ideal:.0f}; {cpu:.0f} us of CPU a call"
+        )
     process.terminate()
 
 
