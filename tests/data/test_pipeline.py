@@ -183,9 +183,10 @@ def test_our_model_behind_a_server(workspace, tmp_path):
     assert json.loads((out / "generate.counts.json").read_text())["usage"]["t calls"] == 6
 
 
-def test_our_model_in_process(workspace, tmp_path):
+def test_our_model_in_process(workspace, tmp_path, monkeypatch):
     """The same chains whatever is decoded together, and on a rerun without the model."""
-    local = {"checkpoint": str(workspace / "runs/chain_sum/student"), "rows": 8, "dtype": "float32", "thinking": False}
+    monkeypatch.chdir(workspace)  # a request's key, and so its sample, depends on the checkpoint's name
+    local = {"checkpoint": "runs/chain_sum/student", "rows": 8, "dtype": "float32", "thinking": False}
     teachers = [{"name": "t", "local": local}]
     step = {"stage": "generate", "teachers": ["t"], "chains": 2, "sampling": {"max_tokens": 12, "temperature": 1.0}}
     outs = []
@@ -195,7 +196,8 @@ def test_our_model_in_process(workspace, tmp_path):
     journals = [
         {row["key"]: row["reply"]["text"] for row in read_jsonl(out / "generate.journal.jsonl")} for out in outs
     ]  # fmt: skip
-    assert len(journals[0]) == 10 and len(journals[1]) == 18
+    failed = counts(outs[1], "generate").get("failed", 0)  # an untrained student may stop at once: an empty answer
+    assert len(journals[0]) == 10 and len(journals[1]) == 18 - failed and failed < 4
     assert all(journals[1][key] == text for key, text in journals[0].items())
     before = timeless(outs[0] / "generate.rejected.jsonl")
     run(tmp_path / "5", teachers, [{**step, "input": str(tmp_path / "5.jsonl")}], make_local=None, again=True)
