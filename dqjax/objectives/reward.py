@@ -9,8 +9,7 @@ from dqjax.data.pair_loader import open_pair_data
 from dqjax.load import Model, read_parameters
 from dqjax.losses.bradley_terry import CALIBRATION_BINS
 from dqjax.models.heads import Classifier
-from dqjax.objectives.held_out import measure_sums
-from dqjax.objectives.setup import Setup
+from dqjax.objectives.setup import Setup, measure
 from dqjax.sharding import Rules
 from dqjax.steps.reward import length_names, make_reward_loss, summarise
 from dqjax.train_config import Config
@@ -50,7 +49,7 @@ def reward(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Set
     )
     evaluate = None
     if data.validation is not None:
-        evaluate = measure_sums(loss, data.validation, placer(rules, rows), labels, summarise)
+        evaluate = measure(loss, data.validation, placer(rules, rows), labels, summarise)
     return Setup(
         trainable=classifier,
         initial=lambda: with_fresh_head(classifier, model, config.train.seed),

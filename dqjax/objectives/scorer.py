@@ -6,9 +6,8 @@ import pathlib
 from dqjax.data.label_loader import open_labelled_data
 from dqjax.load import Model
 from dqjax.models.heads import Classifier
-from dqjax.objectives.held_out import measure_sums, without_matrices
 from dqjax.objectives.reward import with_fresh_head
-from dqjax.objectives.setup import Setup
+from dqjax.objectives.setup import Setup, measure, without_matrices
 from dqjax.sharding import Rules
 from dqjax.steps.scorer import LABELS, LEVELS, make_scorer_loss, summarise
 from dqjax.train_config import Config
@@ -32,7 +31,7 @@ def scorer(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Set
     loss = make_scorer_loss(classifier, smoothing=config.objective.smoothing)
     evaluate = None
     if data.validation is not None:
-        evaluate = measure_sums(loss, data.validation, placer(rules, rows), {}, summarise)
+        evaluate = measure(loss, data.validation, placer(rules, rows), {}, summarise)
     return Setup(
         trainable=classifier,
         initial=lambda: with_fresh_head(classifier, model, config.train.seed),

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from dqjax.load import Model
 from dqjax.metrics import scalars
 from dqjax.rollout.engine import Engine, Prompt
 from dqjax.rollout.sampling import Sampling
-from dqjax.types import Batch, Loss, Metrics, Params, Source, merge_metrics
+from dqjax.types import Batch, Loss, Mean, Metrics, Params, Source, merge_metrics
 
 Evaluate = Callable[[Params, Any], tuple[dict[str, float], dict[str, str]]]
 Place = Callable[[Batch], Batch]
@@ -53,17 +54,29 @@ class Setup:
     close: Callable[[], None] = lambda: None
 
 
-def measure(loss: Loss, batches: Iterable[Batch], place: Place, labels: Mapping[str, Sequence[str]]) -> Evaluate:
-    """An evaluation: the loss's own metrics over held-out batches."""
+def measure(
+    loss: Loss,
+    batches: Iterable[Batch],
+    place: Place,
+    labels: Mapping[str, Sequence[str]],
+    summarise: Callable[[Metrics], dict[str, float]] = lambda metrics: {},
+) -> Evaluate:
+    """An evaluation: the loss's own metrics over held-out batches, and what `summarise` makes of their sums."""
     metrics_of = jax.jit(lambda params, frozen, batch, key: loss(params, frozen, batch, key)[1])
 
     def evaluate(params: Params, frozen: Any) -> tuple[dict[str, float], dict[str, str]]:
         total: Metrics = {}
         for batch in batches:
             total = merge_metrics(total, metrics_of(params, frozen, place(batch), jax.random.key(0)))
-        return scalars(total, labels), {}
+        total = jax.device_get(total)
+        return scalars(without_matrices(total), labels) | summarise(total), {}
 
     return evaluate
+
+
+def without_matrices(metrics: Metrics) -> Metrics:
+    """The metrics that can be written as numbers: a confusion matrix is for `summarise`."""
+    return {name: m for name, m in metrics.items() if not (isinstance(m, Mean) and np.ndim(m.total) > 1)}
 
 
 def with_sample(evaluate: Evaluate, model: Model, prompt: Sequence[int], tokens: int, file: pathlib.Path) -> Evaluate:
