@@ -16,6 +16,7 @@ REQUIRES = [
     "jaxtyping",
     "orbax-checkpoint>=0.12.4",
     "transformers>=5.17",
+    "jinja2",  # chat templates; transformers leaves it out
     "datasets",
     "grain>=0.2.18",
     "numpy",
