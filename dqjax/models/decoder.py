@@ -22,6 +22,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dqjax.kernels.attention import api as attention_kernel
@@ -143,7 +144,10 @@ class Decoder:
     @property
     def _backend(self) -> str:
         """The attention backend: by the devices of the mesh, which need not be those of this process (`dqjax.plan`)."""
-        return self.attention_backend or attention_kernel.default_backend(self.rules.mesh.devices.flat[0].platform)
+        if self.attention_backend:
+            return self.attention_backend
+        device = self.rules.mesh.devices.flat[0]
+        return attention_kernel.packed_backend(device, jnp.dtype(self.dtype), self.config.head_dim)
 
     def _boxed(self, key: PRNGKeyArray) -> Any:
         tokens = jnp.zeros((self.rules.batch_shards, 8), jnp.int32)
@@ -165,6 +169,22 @@ class Decoder:
     def init(self, key: PRNGKeyArray) -> Params:
         """Random parameters (normal 0.02, norms 1, biases 0), made in place on the mesh; the same on every mesh."""
         return jax.jit(lambda k: nn.unbox(self._boxed(k)), out_shardings=self.shardings())(key)
+
+    def unstack(self, params: Params) -> Params:
+        """The parameters as many calls with a cache want them: in `dtype`, `layers` a tuple with one dict a layer.
+
+        `apply` takes these and the stacked ones alike. In a loop, stacked float32 parameters would be sliced and cast anew
+        at every step.
+        """
+        cast = jax.tree.map(lambda w: w.astype(self.dtype), params)
+        return {**cast, "layers": tuple(_layer_of(cast, i) for i in range(self.config.num_layers))}
+
+    def unstacked_shardings(self) -> Any:
+        """Shardings of `unstack`'s result: split over tensor alone, since a step has no time to gather weights."""
+        rules = dataclasses.replace(self.rules, table=(*self.rules.table, ("embed", ()), ("vocab", ("tensor",))))
+        stacked = shardings_of(rules, self.axis_names(), self.shapes())
+        whole = jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])), stacked["layers"])
+        return {**stacked, "layers": (whole,) * self.config.num_layers}
 
     def _context(self, positions: Array, segment_ids: Array, **extra: Any) -> Context:
         return Context(*rope_tables(self.config, positions), positions, segment_ids, **extra)
@@ -199,8 +219,7 @@ class Decoder:
         layer = Layer(c, self.rules, dtype, self._backend)
         keys, values = [], []
         for i in range(c.num_layers):
-            weights = jax.tree.map(lambda w: w[i], params["layers"])  # noqa: B023
-            x, (k, v) = layer.apply({"params": weights}, x, context, (cache.keys[i], cache.values[i]))
+            x, (k, v) = layer.apply({"params": _layer_of(params, i)}, x, context, (cache.keys[i], cache.values[i]))
             keys.append(k)
             values.append(v)
         x = RMSNorm(c.norm_eps, dtype).apply({"params": params["final_norm"]}, x)
@@ -210,3 +229,8 @@ class Decoder:
         """The table whose product with a hidden state gives the logits, in `dtype`, split over tensor only."""
         table = params["embed"]["embedding"] if self.config.tie_embeddings else params["head"]["kernel"]
         return self.rules.constrain(table.astype(self.dtype), "vocab_in_use", "table")
+
+
+def _layer_of(params: Params, i: int) -> Any:
+    layers = params["layers"]
+    return layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda w: w[i], layers)

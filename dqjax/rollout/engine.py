@@ -1,29 +1,48 @@
-"""Batched generation with the trainer's own model code and weights: prefill, then decode until every row has stopped."""
+"""Continuous batching with the trainer's own model code and weights.
 
+A fixed number of slots decode together, some steps a call; between calls the host reads the tokens, and a slot whose
+sample has ended gets the next one. Prompts are prefilled ahead, in lanes of their own (`programs.py` has the picture), so
+that a free slot does not wait. All programs have fixed shapes: they are compiled once for an engine, and again only when a
+prompt comes that is longer than any before and outgrows the cache (`layout.py`).
+"""
+
+import collections
 import dataclasses
 import functools
+import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from dqjax.models.cache import make_cache
+from dqjax.models.cache import Cache, make_cache
 from dqjax.models.decoder import Decoder
-from dqjax.rollout.sampling import Sampling, sample
+from dqjax.rollout.layout import Layout, plan_layout
+from dqjax.rollout.programs import NO_BUDGET, NOTHING, Admission, Decoding, Made, Slots, admit, decode, make_slots, prefill
+from dqjax.rollout.sampling import Sampling
+from dqjax.rollout.stops import StopStrings
 from dqjax.types import Params
 
-PREFILL_BUCKET = 64  # prompts are padded to multiples of this, so that few shapes are compiled
+log = logging.getLogger(__name__)
+
+STEPS = 16  # of one decoding call: a slot idles for half of them on average, the host has work once
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Token ids to continue, and the number that seeds its sample (distinct prompts and samples want distinct ones)."""
+    """What to continue.
+
+    Attributes:
+      token_ids: the prompt; prompts that follow each other and are equal are prefilled once.
+      seed: of the sample (distinct prompts and samples want distinct ones).
+      thinking_budget: tokens after which thinking that has not ended is ended by force; None: never.
+    """
 
     token_ids: tuple[int, ...]
     seed: int
+    thinking_budget: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +50,22 @@ class Sample:
     """What was generated for one prompt.
 
     Attributes:
-      token_ids: the new tokens, the stop token included.
+      token_ids: the new tokens; the stop token, or the one that completes a stop string, included.
       logprobs: the sampler's own log-probability of each, see `sampling.sample`.
-      finish_reason: "stop" at a stop token, "length" at the limit.
+      finish_reason: "stop" at a stop token or string, "length" at the limit.
+      stop_string: the string that ended it, if one did.
+      forced: places in `token_ids` of what the thinking budget put there; the policy did not choose them.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
+    stop_string: str | None = None
+    forced: range = range(0)
 
 
 class Engine:
-    """Generates for many prompts, `rows` at a time.
+    """Generates for any number of prompts, at most `rows` at a time.
 
     Args:
       decoder: the model; the cache is kept in its dtype.
@@ -50,6 +73,13 @@ class Engine:
       vocab: real entries of the output table; padded ones are never sampled.
       rows: sequences decoded together, a multiple of the mesh's batch shards.
       max_new_tokens: the limit of every sample.
+      seed: of all samples; each has its own besides.
+      think_end: token ids that end thinking (`</think>`), for prompts with a budget.
+      stop_strings: end a sample besides `stop_ids`; looked for between calls.
+      cache_bytes: memory of a device for the key-value cache; fewer rows are decoded together where `rows` do not fit.
+
+    Raises:
+      ValueError: no stop ids, or rows that do not divide over the mesh.
     """
 
     def __init__(
@@ -62,110 +92,220 @@ class Engine:
         rows: int,
         max_new_tokens: int,
         seed: int = 0,
+        think_end: Sequence[int] = (),
+        stop_strings: StopStrings | None = None,
+        cache_bytes: int | None = None,
     ):
         if not stop_ids:
             raise ValueError("no stop ids: every sample would run to max_new_tokens; give the tokenizer's end-of-turn id")
-        if rows % decoder.rules.batch_shards:
-            raise ValueError(f"rows: {rows} sequences do not divide over {decoder.rules.batch_shards} batch shards of the mesh")
-        self._decoder, self._rows, self._limit, self._seed = decoder, rows, max_new_tokens, seed
-        self._generate = jax.jit(
-            functools.partial(_generate, decoder, tuple(stop_ids), vocab, sampling, max_new_tokens),
-            out_shardings=decoder.rules.sharding(()),  # whole on every host, to be read there
+        rules = decoder.rules
+        if rows % rules.batch_shards:
+            raise ValueError(f"rows: {rows} sequences do not divide over {rules.batch_shards} batch shards of the mesh")
+        steps = min(STEPS, max_new_tokens)
+        self.decoder, self.stop_strings = decoder, stop_strings
+        self.fixed = Decoding(sampling, tuple(stop_ids), tuple(think_end), vocab, max_new_tokens, steps, seed)
+        self.rows, self._cache_bytes, self._longest = rows, cache_bytes, 1
+        heads = (decoder.config.num_kv_heads, decoder.config.head_dim)
+        layer = rules.sharding(("batch", None, "kv_heads", None), (rules.batch_shards, 1, *heads))
+        row, whole = rules.sharding(("batch",)), rules.sharding(())
+        layers = (layer,) * decoder.config.num_layers
+        cache = Cache(layers, layers, row)
+        slots = Slots(cache, row, row, row, row, row, row)
+        self.unstack = jax.jit(decoder.unstack, out_shardings=decoder.unstacked_shardings())
+        self.prefill = jax.jit(functools.partial(prefill, decoder), donate_argnums=1, out_shardings=cache)
+        self.admit = jax.jit(admit, donate_argnums=0, out_shardings=slots)
+        self.decode = jax.jit(
+            functools.partial(decode, decoder, self.fixed),
+            donate_argnums=1,
+            out_shardings=(slots, Made(whole, whole, whole)),  # whole on every host, to be read there
         )
 
     def generate(self, params: Params, prompts: Iterable[Prompt]) -> Iterator[Sample]:
-        """Samples in the order of the prompts; yields as batches finish.
+        """Samples in the order of the prompts, each as soon as those before it are done.
+
+        Prompts are read ahead, up to as many as are decoded together. All hosts give the same ones.
 
         Raises:
-          ValueError: an empty prompt.
+          ValueError: an empty prompt, a thinking budget without `think_end`, or a prompt that no cache within the budget holds.
         """
-        chunk: list[Prompt] = []
-        for prompt in prompts:
-            if not prompt.token_ids:
-                raise ValueError("an empty prompt: there is no token to continue")
-            chunk.append(prompt)
-            if len(chunk) == self._rows:
-                yield from self._batch(params, chunk)
-                chunk = []
-        if chunk:
-            yield from self._batch(params, chunk)
+        return _Run(self, self.unstack(params), map(self._checked, prompts)).samples()
 
-    def _batch(self, params: Params, prompts: Sequence[Prompt]) -> Iterator[Sample]:
-        width = -(-max(len(p.token_ids) for p in prompts) // PREFILL_BUCKET) * PREFILL_BUCKET
-        tokens, lengths = np.zeros((self._rows, width), np.int32), np.zeros(self._rows, np.int32)
-        seeds = np.zeros(self._rows, np.uint32)
-        for i, prompt in enumerate(prompts):
-            lengths[i], seeds[i] = len(prompt.token_ids), prompt.seed & 0xFFFFFFFF
-            tokens[i, : lengths[i]] = prompt.token_ids
-        base = jax.random.key(self._seed)
-        out, logprobs, counts, stopped = jax.device_get(self._generate(params, tokens, lengths, seeds, base))
-        for i in range(len(prompts)):
-            n = counts[i]
-            yield Sample(
-                tuple(out[i, :n].tolist()), tuple(logprobs[i, :n].tolist()), "stop" if stopped[i] else "length"
-            )
-
-
-def _generate(
-    decoder: Decoder,
-    stop_ids: tuple[int, ...],
-    vocab: int,
-    sampling: Sampling,
-    limit: int,
-    params: Params,
-    tokens: Array,
-    lengths: Array,
-    seeds: Array,
-    base: Array,
-) -> tuple[Array, Array, Array, Array]:
-    """Prefills right-padded prompts `[B, T]`, then decodes; returns tokens, logprobs `[B, limit]`, counts, stopped `[B]`."""
-    rows, width = tokens.shape
-    keys = jax.vmap(lambda s: jax.random.fold_in(base, s))(seeds)
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    table = decoder.output_table(params)
-    real = lengths > 0
-
-    def draw(hidden, counts):
-        logits = jnp.einsum(
-            "BD,VD->BV", hidden, table[:vocab], preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+    def layout(self, prompt_tokens: int) -> Layout:
+        """The shapes for prompts up to `prompt_tokens`, never smaller than before: shorter prompts compile nothing."""
+        self._longest = max(self._longest, prompt_tokens)
+        lengths = {"prompt_tokens": self._longest, "max_new_tokens": self.fixed.limit}
+        config, rules = self.decoder.config, self.decoder.rules
+        layout = plan_layout(
+            config, rules, self.decoder.dtype, rows=self.rows, cache_bytes=self._cache_bytes, **lengths
         )
-        return sample(logits, keys, counts, sampling)
+        log.debug("%s", layout)
+        return layout
 
-    cache = make_cache(decoder.config, decoder.rules, rows=rows, capacity=width + limit, dtype=decoder.dtype)
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = decoder.apply(params, tokens, positions, segments, cache)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    counts = jnp.zeros((rows,), jnp.int32)
-    token, logprob = draw(last, counts)
-    out, out_logprobs = jnp.zeros((rows, limit), jnp.int32), jnp.zeros((rows, limit), jnp.float32)
+    def _checked(self, prompt: Prompt) -> Prompt:
+        if not prompt.token_ids:
+            raise ValueError("an empty prompt: there is no token to continue")
+        if prompt.thinking_budget is not None and not self.fixed.think_end:
+            raise ValueError("thinking_budget: this engine has no think_end to force; give it the ids of </think>")
+        return prompt
 
-    def record(out, out_logprobs, counts, active, token, logprob):
-        slot = jnp.where(active, counts, limit)
-        index = jnp.arange(rows)
-        return (
-            out.at[index, slot].set(token, mode="drop"),
-            out_logprobs.at[index, slot].set(logprob, mode="drop"),
-            counts + active,
+
+@dataclasses.dataclass
+class _Lane:
+    """A prompt being prefilled, and the samples that wait for it."""
+
+    token_ids: tuple[int, ...]
+    waiting: collections.deque[tuple[int, Prompt]]
+    cached: int = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens to prefill: all but the last, which decoding starts from."""
+        return len(self.token_ids) - 1 - self.cached
+
+
+@dataclasses.dataclass
+class _Answer:
+    """A sample in a slot."""
+
+    number: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    forced: list[int] = dataclasses.field(default_factory=list)
+
+    def sample(self, length: int, finish_reason: Literal["stop", "length"], stop_string: str | None) -> Sample:
+        forced = [i for i in self.forced if i < length]
+        places = range(forced[0], forced[-1] + 1) if forced else range(0)
+        return Sample(tuple(self.token_ids[:length]), tuple(self.logprobs[:length]), finish_reason, stop_string, places)
+
+
+class _Run:
+    """One call of `generate`: which prompt is in which lane, which sample in which slot."""
+
+    def __init__(self, engine: Engine, params: Params, prompts: Iterable[Prompt]):
+        self._engine, self._params = engine, params
+        self._groups = itertools.groupby(enumerate(prompts), key=lambda numbered: numbered[1].token_ids)
+        self._queue: collections.deque[_Lane] = collections.deque()
+        self._lanes: dict[int, _Lane] = {}
+        self._answers: dict[int, _Answer] = {}
+        self._finished: dict[int, Sample] = {}
+        self._layout: Layout | None = None
+
+    def samples(self) -> Iterator[Sample]:
+        number = 0
+        while True:
+            self._fill()
+            if not self._answers:
+                return
+            self._decode()
+            while number in self._finished:
+                yield self._finished.pop(number)
+                number += 1
+
+    @property
+    def _free(self) -> list[int]:
+        return [slot for slot in range(self._layout.slots) if slot not in self._answers]
+
+    def _fill(self) -> None:
+        """Gives free slots samples.
+
+        Lanes are prefilled together, and only when no prefilled one is left. While most slots are free nothing is decoded;
+        later a chunk is prefilled between two calls of decoding.
+        """
+        self._load()
+        while self._lanes and (free := self._free):
+            if any(lane.left == 0 for lane in self._lanes.values()):
+                self._admit(free)
+            else:
+                self._prefill()
+                if len(free) < self._layout.slots // 2:
+                    return
+            self._load()
+
+    def _load(self) -> None:
+        """Puts prompts into free lanes; one that is too long waits until all is done, and then gets a larger cache."""
+        while True:
+            self._look_ahead()
+            if not self._queue:
+                return
+            longest = len(self._queue[0].token_ids)
+            if self._layout is None or longest - 1 > self._layout.room:
+                if self._answers or self._lanes:
+                    return
+                self._allocate(max(len(lane.token_ids) for lane in self._queue))
+            free = next((i for i in range(self._layout.lanes) if i not in self._lanes), None)
+            if free is None:
+                return
+            self._lanes[free] = self._queue.popleft()
+
+    def _look_ahead(self) -> None:
+        while len(self._queue) < self._engine.rows:
+            group = next(self._groups, None)
+            if group is None:
+                return
+            self._queue.append(_Lane(group[0], collections.deque(group[1])))
+
+    def _allocate(self, prompt_tokens: int) -> None:
+        decoder, fixed = self._engine.decoder, self._engine.fixed
+        self._slots = self._prefilled = None  # before there are two
+        layout = self._layout = self._engine.layout(prompt_tokens)
+        self._slots = make_slots(decoder, slots=layout.slots, capacity=layout.capacity, tag=len(fixed.think_end))
+        self._prefilled = make_cache(
+            decoder.config, decoder.rules, rows=layout.lanes, capacity=layout.room, dtype=decoder.dtype
         )
 
-    out, out_logprobs, counts = record(out, out_logprobs, counts, real, token, logprob)
-    stopped = jnp.isin(token, stops)
-    active = real & ~stopped & (counts < limit)
+    def _prefill(self) -> None:
+        lanes, chunk = self._layout.lanes, self._layout.chunk
+        tokens = np.zeros((lanes, chunk), np.int32)
+        starts, counts = np.zeros(lanes, np.int32), np.zeros(lanes, np.int32)
+        for i, lane in self._lanes.items():
+            starts[i], counts[i] = lane.cached, min(lane.left, chunk)
+            tokens[i, : counts[i]] = lane.token_ids[lane.cached : lane.cached + counts[i]]
+            lane.cached += int(counts[i])
+        self._prefilled = self._engine.prefill(self._params, self._prefilled, tokens, starts, counts)
 
-    def proceed(loop):
-        return jnp.any(loop[-1])
+    def _admit(self, free: Sequence[int]) -> None:
+        """Starts as many samples of prefilled lanes as there are free slots and entries of an admission."""
+        size = self._layout.lanes
+        slot = np.arange(self._layout.slots, self._layout.slots + size, dtype=np.int32)
+        entry = Admission(slot, *(np.zeros(size, np.int32) for _ in range(5)))._replace(seed=np.zeros(size, np.uint32))
+        ready = [i for i, lane in self._lanes.items() if lane.left == 0]
+        waiting = ((i, self._lanes[i]) for i in ready for _ in range(len(self._lanes[i].waiting)))
+        for k, (slot, (i, lane)) in enumerate(zip(free[:size], waiting)):
+            number, prompt = lane.waiting.popleft()
+            budget = NO_BUDGET if prompt.thinking_budget is None else prompt.thinking_budget
+            values = (slot, i, len(lane.token_ids) - 1, lane.token_ids[-1], prompt.seed & 0xFFFFFFFF, budget)
+            for array, value in zip(entry, values):
+                array[k] = value
+            self._answers[slot] = _Answer(number)
+            if not lane.waiting:
+                del self._lanes[i]
+        self._slots = self._engine.admit(self._slots, self._prefilled, entry)
 
-    def body(loop):
-        cache, out, out_logprobs, counts, token, stopped, active = loop
-        position = (lengths + counts - 1)[:, None]
-        hidden, cache = decoder.apply(params, token[:, None], position, active.astype(jnp.int32)[:, None], cache)
-        new, logprob = draw(hidden[:, 0], counts)
-        token = jnp.where(active, new, token)
-        out, out_logprobs, counts = record(out, out_logprobs, counts, active, token, logprob)
-        stopped = jnp.where(active, jnp.isin(token, stops), stopped)
-        return cache, out, out_logprobs, counts, token, stopped, active & ~stopped & (counts < limit)
+    def _decode(self) -> None:
+        active = np.zeros(self._layout.slots, bool)
+        active[list(self._answers)] = True
+        self._slots, made = self._engine.decode(self._params, self._slots, active)
+        made = jax.device_get(made)
+        counts = (made.tokens != NOTHING).sum(axis=0).tolist()
+        for slot, answer in list(self._answers.items()):
+            self._extend(answer, made, slot, counts[slot])
+            if sample := self._ended(answer, counts[slot]):
+                self._finished[answer.number] = sample
+                del self._answers[slot]
 
-    loop = (cache, out, out_logprobs, counts, token, stopped, active)
-    _, out, out_logprobs, counts, _, stopped, _ = jax.lax.while_loop(proceed, body, loop)
-    return out, out_logprobs, counts, stopped & real
+    def _extend(self, answer: _Answer, made: Made, slot: int, new: int) -> None:
+        before = len(answer.token_ids)
+        answer.token_ids += made.tokens[:new, slot].tolist()
+        answer.logprobs += made.logprobs[:new, slot].tolist()
+        if self._engine.fixed.think_end:
+            answer.forced += (before + np.flatnonzero(made.forced[:new, slot])).tolist()
+
+    def _ended(self, answer: _Answer, new: int) -> Sample | None:
+        """The sample, if its last `new` tokens end it."""
+        fixed, strings = self._engine.fixed, self._engine.stop_strings
+        if strings and (found := strings.find(answer.token_ids, new)):
+            return answer.sample(found[0], "stop", found[1])
+        length = len(answer.token_ids)
+        if answer.token_ids[-1] in fixed.stop_ids:
+            return answer.sample(length, "stop", None)
+        return answer.sample(length, "length", None) if length == fixed.limit else None

@@ -1,0 +1,96 @@
+"""How many sequences are decoded together, and how long they may get: the shapes that the engine's programs have.
+
+The cache is dense, a row of `capacity` positions for each slot. Pages would hold more sequences of unlike lengths in the
+same memory, but then attention has to gather its keys: in plain XLA that copies the cache at every step, and a kernel that
+follows page tables costs what it saves where, as here, all sequences of a batch have the same limit.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from dqjax.models.config import ModelConfig
+from dqjax.sharding import Rules
+
+LEAST_ROOM = 64
+CHUNK = 256
+PREFILL_TOKENS = 4096  # of one prefill call: enough for the products to be bound by arithmetic
+LANE_SHARE = 8  # lanes take at most one part in so many of the slots' memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shapes of the two caches.
+
+    ::
+
+        slots × capacity        sequences being decoded, prompt and answer
+        lanes × room            prompts being prefilled, `chunk` tokens of each at a time
+
+    Attributes:
+      slots, lanes: multiples of the mesh's batch shards.
+      capacity: positions of a slot: `room` and the longest answer.
+      room: positions of a lane, at least those of any prompt but its last token.
+    """
+
+    slots: int
+    capacity: int
+    lanes: int
+    room: int
+    chunk: int
+
+    @property
+    def positions(self) -> int:
+        """Positions held by both caches."""
+        return self.slots * self.capacity + self.lanes * self.room
+
+
+def plan_layout(
+    config: ModelConfig,
+    rules: Rules,
+    dtype: DTypeLike,
+    *,
+    rows: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    cache_bytes: int | None = None,
+) -> Layout:
+    """The layout for prompts of up to `prompt_tokens` tokens.
+
+    Args:
+      rows: the most slots, a multiple of the batch shards.
+      cache_bytes: of a device, for both caches; fewer slots are taken where `rows` would not fit. None: no limit.
+
+    Raises:
+      ValueError: not even one slot a batch shard fits.
+    """
+    shards = rules.batch_shards
+    room = max(LEAST_ROOM, 1 << (prompt_tokens - 2).bit_length() if prompt_tokens > 2 else 0)
+    capacity = room + max_new_tokens
+    capacity += -capacity % (64 if capacity < 1024 else 256)
+    chunk = min(room, CHUNK)
+
+    def with_slots(slots: int) -> Layout:
+        lanes = min(PREFILL_TOKENS // chunk, slots, slots * capacity // (LANE_SHARE * room))
+        return Layout(slots, capacity, max(lanes // shards, 1) * shards, room, chunk)
+
+    if cache_bytes is None:
+        return with_slots(rows)
+    per_position = position_bytes(config, rules, dtype)
+    for slots in range(rows, 0, -shards):
+        layout = with_slots(slots)
+        if layout.positions // shards * per_position <= cache_bytes:
+            return layout
+    raise ValueError(
+        f"the cache of {shards} sequence(s) of {prompt_tokens} + {max_new_tokens} tokens takes "
+        f"{with_slots(shards).positions // shards * per_position / 2**30:.2f} GiB a device, and its budget is "
+        f"{cache_bytes / 2**30:.2f} GiB; raise the budget, or lower the limit of new tokens"
+    )
+
+
+def position_bytes(config: ModelConfig, rules: Rules, dtype: DTypeLike) -> int:
+    """Bytes of one cached position on a device: keys and values of all layers, of its share of the heads."""
+    shape = (config.num_kv_heads, config.head_dim)
+    heads, size = rules.sharding(("kv_heads", None), shape).shard_shape(shape)
+    return 2 * config.num_layers * heads * size * jnp.dtype(dtype).itemsize
