@@ -80,12 +80,17 @@ def load_model(name: str, rules: Rules, *, dtype: DType = "bfloat16", step: int 
     return model, read_parameters(model, step=step)
 
 
-def read_parameters(model: Model, *, step: int | None = None) -> Params:
-    """The parameters of a model's source, float32, laid out over the mesh."""
+def read_parameters(model: Model, *, step: int | None = None, dtype: Any = jnp.float32) -> Params:
+    """The parameters of a model's source, laid out over the mesh.
+
+    Args:
+      dtype: float32 to train; to compute with alone, `model.decoder.dtype` gives the same numbers in less memory.
+    """
     decoder, source = model.decoder, model.source
     if source.kind == "huggingface":
-        return load_params(source.folder, decoder.config, decoder.shardings(), dtype=jnp.float32)
-    shapes = abstract_tree(decoder.shapes(), decoder.shardings())
+        return load_params(source.folder, decoder.config, decoder.shardings(), dtype=dtype)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), decoder.shapes())
+    shapes = abstract_tree(shapes, decoder.shardings())
     checkpoints = Checkpoints(source.folder / "checkpoints")
     found = checkpoints.restore({"params": shapes}, step=step)
     checkpoints.close()

@@ -143,6 +143,12 @@ def shardings_of(rules: Rules, names: Any, shapes: Any) -> Any:
     return jax.tree.map(lambda s, n: rules.sharding(n, s.shape), shapes, names, is_leaf=lambda x: hasattr(x, "shape"))
 
 
+def local_part(x: jax.Array) -> np.ndarray:
+    """The rows that this process's devices hold of an array which is split over its leading dimension alone."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 class MeshConfig(Section):
     """mesh: sizes of the axes; one may be -1 and takes the devices that the others leave.
 

@@ -29,6 +29,7 @@ from dqjax.commands import out_of_memory, run_command, wanted
 from dqjax.config import ConfigError, dump, load
 from dqjax.load import abstract_tree, build_model, start_jax, write_model_files
 from dqjax.metrics import Recorder, Writer
+from dqjax.objectives.distill import distill
 from dqjax.objectives.grpo import grpo
 from dqjax.objectives.preference import preference
 from dqjax.objectives.reward import reward
@@ -45,7 +46,7 @@ from dqjax.trainer import Evaluating, Saving, announce_compilation, fit, items_o
 log = logging.getLogger("dqjax.train")
 
 
-OBJECTIVES = {"sft": sft, "reward": reward, "scorer": scorer, "preference": preference, "grpo": grpo}
+OBJECTIVES = {"sft": sft, "distill": distill, "reward": reward, "scorer": scorer, "preference": preference, "grpo": grpo}
 
 
 def train(config: Config) -> int:

@@ -11,12 +11,15 @@ from dqjax.load import ModelSection
 from dqjax.objectives.groups import PolicyConfig
 from dqjax.optim import OptimizerConfig
 from dqjax.sharding import MeshConfig
+from dqjax.steps.distill import DistillConfig
 from dqjax.steps.preference import PreferenceConfig
 from dqjax.steps.reward import RewardConfig
 from dqjax.steps.scorer import ScorerConfig
 from dqjax.steps.sft import SFTConfig
 
-Objective = Annotated[SFTConfig | RewardConfig | ScorerConfig | PreferenceConfig | PolicyConfig, Field(discriminator="kind")]
+Objective = Annotated[
+    SFTConfig | DistillConfig | RewardConfig | ScorerConfig | PreferenceConfig | PolicyConfig, Field(discriminator="kind")
+]
 
 
 class TrainConfig(Section):

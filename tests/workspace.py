@@ -60,5 +60,6 @@ def overrides(workspace: pathlib.Path, run: str, *more: str, config: str = "sft"
         f"data.sources={base}/data/{DATA.get(config, 'train_columns.jsonl')}",
         f"data.cache_dir={workspace}/cache",
         f"train.run_dir={workspace / run}",
+        *([f"objective.teachers=[{base}/student]"] if config == "distill" else []),
         *more,
     ]

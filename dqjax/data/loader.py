@@ -23,7 +23,7 @@ from dqjax.data.chat import ChatFormat
 from dqjax.data.config import DataConfig, SourceConfig, StageConfig
 from dqjax.data.documents import Documents, load_documents
 from dqjax.data.pack import Reduction, Tokens, pack_rows
-from dqjax.data.rows import PackedRows, plan_rows
+from dqjax.data.rows import PackedRows, TokenValues, plan_rows
 from dqjax.data.split import hold_out, in_stage, weigh, without_questions
 from dqjax.types import Batch
 
@@ -151,7 +151,19 @@ class Loader:
             int(sum(rows.trained_sequences[r] for rows, r in found)),
         )
         local = [found[i][0].row(found[i][1]) if i < len(found) else [] for i in self.local_rows]
-        return _pack_local(local, self.row_length, self.columns, self._reduction, totals, self._pad_id)
+        return pack_rows(
+            local,
+            self.row_length,
+            columns=self.columns,
+            reduction=self._reduction,
+            totals=totals,
+            pad_id=self._pad_id,
+            like=self._like,
+        )
+
+    @functools.cached_property
+    def _like(self) -> Sequence[Tokens]:
+        return self.stages[0].rows.row(0)
 
     @property
     def _epochs(self) -> float:
@@ -227,22 +239,14 @@ class Evaluation:
         totals = int(rows.trained_tokens.sum()), int(rows.trained_sequences.sum())
         for first in range(0, len(rows), self.batch_rows):
             local = [rows.row(first + i) if first + i < len(rows) else [] for i in self.local_rows]
-            yield _pack_local(local, rows.row_length, rows.plan.columns, "token_mean", totals, self._pad_id)
-
-
-def _pack_local(
-    local: Sequence[Sequence[Tokens]],
-    row_length: int,
-    columns: int,
-    reduction: Reduction,
-    totals: tuple[int, int],
-    pad_id: int,
-) -> Batch:
-    batch = pack_rows(local, row_length, columns=columns, reduction=reduction, totals=totals, pad_id=pad_id)
-    if not batch.side:  # all rows are empty: the tree must not change with that
-        nothing = np.full((len(local), columns), -1, np.int32)
-        batch = dataclasses.replace(batch, side={name: nothing for name in ("row", "source", "stage")})
-    return batch
+            yield pack_rows(
+                local,
+                rows.row_length,
+                columns=rows.plan.columns,
+                totals=totals,
+                pad_id=self._pad_id,
+                like=() if any(local) else rows.row(0),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +275,7 @@ def open_training_data(
     batch_rows: int,
     local_rows: Sequence[int] | None = None,
     reduction: Reduction = "token_mean",
+    token_values: TokenValues | None = None,
 ) -> TrainingData:
     """Reads, tokenises (or finds in the cache), splits, packs and orders what a `data:` section names.
 
@@ -278,6 +283,7 @@ def open_training_data(
       tokenizer: from `dqjax.data.tokenizer.load_tokenizer`.
       batch_rows: B, rows of the global batch.
       local_rows: positions in it that this process supplies; by default all.
+      token_values: see `PackedRows`.
 
     Raises:
       ConfigError: data that cannot be read or leave nothing to train on.
@@ -297,7 +303,12 @@ def open_training_data(
     if not len(train):
         raise ConfigError("data: every training document asks a held-out question")
     train = weigh(config.sources, documents.source, train, config.seed)
-    options = {"row_length": config.row_length, "too_long": config.too_long, "train_on_prompt": config.train_on_prompt}
+    options = {
+        "row_length": config.row_length,
+        "too_long": config.too_long,
+        "train_on_prompt": config.train_on_prompt,
+        "token_values": token_values,
+    }
     stages, too_long, packed = [], 0, 0
     unused = np.ones(len(train), bool)
     wanted = config.curriculum.stages if config.curriculum is not None else (StageConfig(),)

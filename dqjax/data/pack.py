@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Shaped
 
 from dqjax.types import Batch
 
@@ -30,14 +30,14 @@ class Tokens:
       ids: the tokens.
       trained: whether token i is learnt, as a target. `trained[0]` has no effect.
       values: one number a sequence, for the side arrays [B, S]; ints become int32, floats float32.
-      token_values: name → one number a token, for side arrays [B, T]; entry i belongs to token i as a target and lands
-        where `targets` holds that token, as the log-probability of a sampled token must.
+      token_values: name → one entry a token, [n] or [n, ...] of any dtype, for side arrays [B, T, ...]; entry i belongs
+        to token i as a target and lands where `targets` holds that token, as the log-probability of a sampled token must.
     """
 
     ids: Int[np.ndarray, " n"]
     trained: Bool[np.ndarray, " n"]
     values: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
-    token_values: Mapping[str, Float[np.ndarray, " n"]] = dataclasses.field(default_factory=dict)
+    token_values: Mapping[str, Shaped[np.ndarray, "n ..."]] = dataclasses.field(default_factory=dict)
 
     @property
     def trained_count(self) -> int:
@@ -113,6 +113,7 @@ def pack_rows(
     reduction: Reduction = "token_mean",
     totals: tuple[int, int] | None = None,
     pad_id: int = 0,
+    like: Sequence[Tokens] = (),
 ) -> Batch:
     """The arrays of a batch, from the sequences of each of its rows.
 
@@ -123,9 +124,11 @@ def pack_rows(
         the sequences that have any); `sum` 1.
       totals: (trained tokens, sequences with any) of the *global* batch, where `rows` is a part of it.
       pad_id: token that fills rows up.
+      like: sequences of the same source. Where all rows are empty they say which side arrays there are, so that a host
+        without rows has the arrays of the others.
 
     Returns:
-      A `Batch` of numpy arrays. In `side`, columns without a sequence hold -1 (ints) or 0 (floats).
+      A `Batch` of numpy arrays. In `side`, columns (or tokens) without a value hold -1 (ints) or 0 (floats).
 
     Raises:
       ValueError: a row overflows, or sequences disagree about the names of their values.
@@ -135,7 +138,7 @@ def pack_rows(
     segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     index, weight = np.full(shape, columns, np.int32), np.zeros(shape, np.float32)
     everything = [sequence for row in rows for sequence in row]
-    side, per_token = _side_arrays(everything, len(rows), columns, row_length)
+    side, per_token = _side_arrays(everything or like, len(rows), columns, row_length)
     if totals is None:
         counts = [sequence.trained_count for sequence in everything]
         totals = sum(counts), sum(map(bool, counts))
@@ -216,4 +219,8 @@ def _side_arrays(sequences: Sequence[Tokens], rows: int, columns: int, row_lengt
         else np.zeros((rows, columns), np.float32)
         for name in first.values
     }
-    return side, {name: np.zeros((rows, row_length), np.float32) for name in first.token_values}
+    per_token = {}
+    for name, values in first.token_values.items():
+        empty = -1 if np.issubdtype(values.dtype, np.integer) else 0
+        per_token[name] = np.full((rows, row_length, *values.shape[1:]), empty, values.dtype)
+    return side, per_token

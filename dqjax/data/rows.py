@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,10 @@ from jaxtyping import Int
 
 from dqjax.data.documents import Documents
 from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing
+
+
+TokenValues = Callable[[str, np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
+"""(sample id, tokens, which are trained) → what `Tokens.token_values` takes."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,6 +27,7 @@ class PackedRows:
       train_on_prompt: prompts are in the loss.
       stage: curriculum stage, a side value.
       row_length: T.
+      token_values: what else each piece carries, a cached teacher's rows for instance.
     """
 
     documents: Documents
@@ -32,6 +38,7 @@ class PackedRows:
     train_on_prompt: bool
     stage: int
     row_length: int
+    token_values: TokenValues | None = None
 
     @functools.cached_property
     def trained_tokens(self) -> Int[np.ndarray, " R"]:
@@ -57,11 +64,10 @@ class PackedRows:
     def _piece(self, p: int) -> Tokens:
         d, begin, end = int(self.document[p]), int(self.begin[p]), int(self.end[p])
         first = 0 if self.train_on_prompt else int(self.documents.answer_start[d])
-        return Tokens(
-            ids=self.documents.ids_of(d)[begin:end],
-            trained=np.arange(begin, end) >= first,
-            values={"row": d, "source": int(self.documents.source[d]), "stage": self.stage},
-        )
+        ids, trained = self.documents.ids_of(d)[begin:end], np.arange(begin, end) >= first
+        values = {"row": d, "source": int(self.documents.source[d]), "stage": self.stage}
+        more = self.token_values(self.documents.ids[d], ids, trained) if self.token_values else {}
+        return Tokens(ids, trained, values, more)
 
 
 def plan_rows(
@@ -72,12 +78,14 @@ def plan_rows(
     too_long: Literal["drop", "truncate", "split"],
     train_on_prompt: bool = False,
     stage: int = 0,
+    token_values: TokenValues | None = None,
 ) -> tuple[PackedRows, int]:
     """Packs the documents numbered `chosen` (a number may occur twice) into rows.
 
     Args:
       too_long: `drop`, `truncate` or `split`, for documents over `row_length`. What is left without a trained token,
         such as a prompt that fills the row, is dropped.
+      token_values: see `PackedRows`.
 
     Returns:
       The rows, and how many of `chosen` were too long.
@@ -96,7 +104,8 @@ def plan_rows(
     learns = _trained_counts(documents, document, begin, end, train_on_prompt) > 0
     document, begin, end = document[learns], begin[learns], end[learns]
     plan = best_fit_decreasing(end - begin, row_length)
-    return PackedRows(documents, document, begin, end, plan, train_on_prompt, stage, row_length), int(long.sum())
+    rows = PackedRows(documents, document, begin, end, plan, train_on_prompt, stage, row_length, token_values)
+    return rows, int(long.sum())
 
 
 def _trained_counts(

@@ -1,5 +1,6 @@
 """Tokenizers: loaded with the checks that users meet first, or trained small for miniatures."""
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -66,6 +67,24 @@ def check_tokenizer(tokenizer: Any, *, where: str, vocab_size: int | None = None
             f"the tokenizer in {where} has {size} tokens, the model's embedding {vocab_size} rows: "
             "they do not belong together"
         )
+
+
+def token_fingerprint(tokenizer: Any) -> str:
+    """A hash of which text every token id stands for."""
+    return hashlib.blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode(), digest_size=16).hexdigest()
+
+
+def check_teacher_tokenizer(student: Any, teacher: Any, *, where: str) -> None:
+    """Raises ConfigError unless each of the student's tokens has the same id with the teacher; that may know more."""
+    theirs = teacher.get_vocab()
+    for token, number in sorted(student.get_vocab().items(), key=lambda entry: entry[1]):
+        if (other := theirs.get(token)) != number:
+            has = "has no such token" if other is None else f"calls it {other}"
+            raise ConfigError(
+                f"the teacher in {where} has another tokenizer: token {number} of the student, {token!r}, is not its own: it "
+                f"{has}. Distributions over other tokens cannot be compared; take a teacher of the student's family, or "
+                "distil its text with objective: sft"
+            )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_length: int = 32768) -> Any:

@@ -17,33 +17,57 @@ from dqjax.types import Batch, LanguageModel, Loss, Mean, Metrics, Params
 Tail = Literal["bucket", "renormalise"]
 
 
+class TeacherConfig(Section):
+    """One teacher; a bare text is its `model`.
+
+    Exactly one of:
+      model: a folder as `model.init_from` takes it: its weights lie on the mesh beside the student's.
+      cache: a folder of `python -m dqjax.teacher_logits`: its top-k log-probabilities by sample.
+
+    weight: its share of the loss; those of all teachers sum to 1.
+    """
+
+    model: str | None = None
+    cache: str | None = None
+    weight: float = Field(1.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, values: Any) -> Any:
+        return {"model": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        if (self.model is None) == (self.cache is None):
+            raise ValueError(f"a teacher has one of model, cache; got {'both' if self.model else 'neither'}")
+        return self
+
+
 class DistillConfig(Section):
     """objective: white-box distillation. The forms are GKD's and Hinton's; which of them is the default is ours [D].
 
+    teachers: whose distributions are learnt; with several, the loss is the mean of theirs by `weight`.
     loss: `forward_kl` KL(T‖S); `reverse_kl` KL(S‖T); `jsd`, TRL's generalised Jensen-Shannon divergence by `beta`;
       `hinton` alpha · T² · KL(T‖S) + (1 − alpha) · cross-entropy, T the temperature.
     beta: of `jsd`: towards 0 it behaves as forward KL, towards 1 as reverse KL; 0.5 is TRL's.
     alpha: of `hinton`.
     temperature: softens teacher and student alike.
-    teacher: `model`, on the same mesh, or `cache`, its top-k log-probabilities by sample.
     tail: what a cached teacher's other tokens are: one `bucket` with the mass left, or nothing (`renormalise`).
-    teacher_weights: one a teacher, summing to 1; the loss is the weighted mean of theirs.
     """
 
     kind: Literal["distill"] = "distill"
+    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
     loss: Literal["forward_kl", "reverse_kl", "jsd", "hinton"] = "forward_kl"
     beta: float = Field(0.5, gt=0, lt=1)
     alpha: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
-    teacher: Literal["model", "cache"] = "model"
     tail: Tail = "bucket"
-    teacher_weights: tuple[float, ...] = Field((1.0,), min_length=1)
 
     @model_validator(mode="after")
     def _fits(self):
-        if abs(sum(self.teacher_weights) - 1) > 1e-6 or min(self.teacher_weights) < 0:
-            raise ValueError(f"teacher_weights: expected shares that sum to 1, got {list(self.teacher_weights)}")
-        if self.teacher == "cache" and self.tail == "renormalise" and self.loss == "reverse_kl":
+        if abs(sum(weights := [teacher.weight for teacher in self.teachers]) - 1) > 1e-6:
+            raise ValueError(f"teachers: expected weights that sum to 1, got {weights}")
+        if self.tail == "renormalise" and self.loss == "reverse_kl" and any(teacher.cache for teacher in self.teachers):
             raise ValueError("tail: reverse KL to a renormalised top-k teacher is infinite; use bucket")
         return self
 

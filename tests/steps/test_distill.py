@@ -148,13 +148,15 @@ def test_a_teacher_of_its_own_shape():
 
 
 def test_config():
-    assert DistillConfig().divergence() == 0.0 and DistillConfig(loss="hinton").divergence() == 0.0
-    assert DistillConfig(loss="reverse_kl").divergence() == 1.0
-    assert DistillConfig(loss="jsd", beta=0.3).divergence() == 0.3
-    with pytest.raises(ValueError, match="shares that sum to 1"):
-        DistillConfig(teacher_weights=(0.5, 0.6))
+    assert DistillConfig(teachers=["t"]).divergence() == DistillConfig(teachers=["t"], loss="hinton").divergence() == 0.0
+    assert DistillConfig(teachers=["t"], loss="reverse_kl").divergence() == 1.0
+    assert DistillConfig(teachers=["t"], loss="jsd", beta=0.3).divergence() == 0.3
+    with pytest.raises(ValueError, match="weights that sum to 1"):
+        DistillConfig(teachers=["t", {"cache": "c", "weight": 0.5}])
+    with pytest.raises(ValueError, match="one of model, cache; got both"):
+        DistillConfig(teachers=[{"model": "t", "cache": "c"}])
     with pytest.raises(ValueError, match="infinite"):
-        DistillConfig(loss="reverse_kl", teacher="cache", tail="renormalise")
+        DistillConfig(loss="reverse_kl", teachers=[{"cache": "c"}], tail="renormalise")
     with pytest.raises(ValueError, match="one weight for each of 2 teachers"):
         make_distill_loss(tiny.Bigram(), tiny.one_device(), [CachedTeacher(), CachedTeacher()])
 

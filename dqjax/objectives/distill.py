@@ -1,0 +1,105 @@
+"""objective: distill. Conversations, packed, into divergences from the distributions of one or several teachers."""
+
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dqjax.data.loader import open_training_data
+from dqjax.data.rows import TokenValues
+from dqjax.data.teacher_rows import TeacherRows
+from dqjax.data.tokenizer import check_teacher_tokenizer
+from dqjax.load import Model, ModelSection, build_model, read_parameters
+from dqjax.objectives.setup import Evaluate, Setup, measure, with_sample
+from dqjax.sharding import Rules
+from dqjax.steps.distill import CachedTeacher, make_distill_loss
+from dqjax.steps.sft import make_sft_loss
+from dqjax.train_config import Config
+from dqjax.trainer import local_rows, placer
+
+log = logging.getLogger(__name__)
+
+
+def distill(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup:
+    """Reads and packs the data, opens the teachers; raises ConfigError for what cannot be used."""
+    rows, objective = config.train.batch_rows, config.objective
+    teachers: list = []
+    models: list[Model] = []
+    readers: list[TeacherRows] = []
+    for i, teacher in enumerate(objective.teachers):
+        if teacher.model is not None:
+            models.append(open_teacher(teacher.model, config, model, rules))
+            teachers.append(models[-1].decoder)
+        else:
+            cached = CachedTeacher(f"teacher_{i}_ids", f"teacher_{i}_logprobs", objective.tail)
+            names = cached.ids, cached.logprobs
+            readers.append(TeacherRows(teacher.cache, model.tokenizer, objective.temperature, names))
+            teachers.append(cached)
+    data = open_training_data(
+        config.data.model_copy(update={"quarantine": config.data.quarantine or str(run / "quarantine.jsonl")}),
+        model.tokenizer,
+        batch_rows=rows,
+        local_rows=local_rows(rules, rows),
+        token_values=_joined(readers) if readers else None,
+    )
+    log.info("data: %s", "  ".join(f"{k} {v}" for k, v in data.counts.items()))
+    loss = make_distill_loss(
+        model.decoder,
+        rules,
+        teachers,
+        weights=[teacher.weight for teacher in objective.teachers],
+        beta=objective.divergence(),
+        temperature=objective.temperature,
+        hinton=objective.alpha if objective.loss == "hinton" else None,
+        vocab=model.vocab,
+    )
+    evaluate = None
+    if data.validation is not None:
+        place = placer(rules, rows)
+        divergence = measure(loss, data.validation, place, {})
+        evaluate = _both(divergence, measure(make_sft_loss(model.decoder, rules), data.validation, place, {}))
+        if config.train.sample_tokens:
+            prompt = data.validation.documents.prompt(0).tolist()
+            evaluate = with_sample(evaluate, model, prompt, config.train.sample_tokens, run / "samples.jsonl")
+    epochs = config.train.epochs
+    return Setup(
+        trainable=model.decoder,
+        initial=lambda: read_parameters(model),
+        loss=loss,
+        source=data.loader,
+        steps=config.train.steps or (data.loader.batches_of(epochs) if epochs else data.loader.total_batches),
+        labels={},
+        evaluate=evaluate,
+        frozen={"teachers": tuple(read_parameters(teacher, dtype=teacher.decoder.dtype) for teacher in models)},
+        close=data.loader.close,
+    )
+
+
+def open_teacher(folder: str, config: Config, student: Model, rules: Rules) -> Model:
+    """The teacher in a folder, to compute with as the student does; raises ConfigError if it speaks of other tokens."""
+    section = ModelSection(
+        init_from=folder, dtype=config.model.dtype, remat="none", attention_backend=config.model.attention_backend
+    )
+    teacher = build_model(section, rules)
+    check_teacher_tokenizer(student.tokenizer, teacher.tokenizer, where=folder)
+    return teacher
+
+
+def _joined(readers: Sequence[TeacherRows]) -> TokenValues:
+    """What all cached teachers say of a sample."""
+
+    def values(id: str, tokens: np.ndarray, trained: np.ndarray) -> Mapping[str, np.ndarray]:
+        return {name: array for reader in readers for name, array in reader(id, tokens, trained).items()}
+
+    return values
+
+
+def _both(divergence: Evaluate, cross_entropy: Evaluate) -> Evaluate:
+    """The divergence, and beside it the cross-entropy of the texts, which compares with other objectives."""
+
+    def evaluate(params, frozen):
+        numbers, texts = divergence(params, frozen)
+        return numbers | {"cross_entropy": cross_entropy(params, frozen)[0]["loss"]}, texts
+
+    return evaluate
