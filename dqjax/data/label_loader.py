@@ -7,33 +7,28 @@ Order and state are those of `data.loader`.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from dqjax.config import ConfigError
 from dqjax.data.chain_rows import DIFFICULTY, VERBOSITY, label_of
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import DataConfig, SourceConfig
-from dqjax.data.documents import write_rejected
 from dqjax.data.loader import Loader, Stage
 from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing, pack_rows
 from dqjax.data.pair_loader import closing_ids
+from dqjax.data.reading import TooLong, read_items
 from dqjax.data.records import BadRow, Record, question_key
-from dqjax.data.sources import RawRow, Rejected, decode, merge_columns, read_rows, records_in
-from dqjax.data.split import hold_out, weigh, without_questions
+from dqjax.data.sources import RawRow, decode
+from dqjax.data.split import split
 from dqjax.types import Batch
 
 COLUMNS = {"verbosity": VERBOSITY, "difficulty": DIFFICULTY}
 """Name of each label in a batch, and its column in a row."""
-
-_CHUNK = 512  # rows tokenised at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +53,17 @@ class LabelledSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, numbers: Int[np.ndarray, " some"]) -> "LabelledSet":
+        """These conversations alone, numbered anew."""
+        return dataclasses.replace(
+            self,
+            sequences=[self.sequences[n] for n in numbers.tolist()],
+            labels={name: column[numbers] for name, column in self.labels.items()},
+            question=self.question[numbers],
+            source=self.source[numbers],
+            ids=[self.ids[n] for n in numbers.tolist()],
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,11 +131,14 @@ class LabelledEvaluation:
         rows, weights = self.rows, self.rows.weights(range(len(self.rows)))
         for first in range(0, len(rows), self.batch_rows):
             local = [rows.row(first + i, weights) if first + i < len(rows) else [] for i in self.local_rows]
-            # One row more, dropped again: a host whose rows are all empty then has the side arrays of the others.
-            local.append(rows.row(0, weights))
-            columns = rows.plan.columns
-            batch = pack_rows(local, rows.row_length, columns=columns, reduction="sum", pad_id=self._pad_id)
-            yield jax.tree.map(lambda x: x[:-1], batch)
+            yield pack_rows(
+                local,
+                rows.row_length,
+                columns=rows.plan.columns,
+                reduction="sum",
+                pad_id=self._pad_id,
+                like=rows.row(0, weights),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,77 +163,46 @@ def open_labelled_data(
             raise ConfigError(f"data.{key}: scorers read whole conversations as they are served; leave the key out")
     chat = ChatFormat.of(tokenizer)
     found, counts = load_labelled(config, config.sources, chat)
-    held, out, train = found, None, np.arange(len(found))
-    if isinstance(config.validation, str):
-        source = SourceConfig(path=config.validation)
-        held, _ = load_labelled(config.model_copy(update={"quarantine": None}), [source], chat)
-        out, train = np.arange(len(held)), without_questions(found, held)
-    elif config.validation is not None:
-        out, train = hold_out(found, config.validation, config.seed)
-    if not len(train):
-        raise ConfigError("data: every training conversation asks a held-out question")
-    rows = LabelledRows.of(found, weigh(config.sources, found.source, train, config.seed), config.row_length)
+    train, held, more = split(config, found, lambda config, sources: load_labelled(config, sources, chat)[0])
+    rows = LabelledRows.of(found, train, config.row_length)
     placing = {"batch_rows": batch_rows, "local_rows": local_rows, "pad_id": tokenizer.pad_token_id}
     loader = LabelledLoader(rows, seed=config.seed, prefetch=config.prefetch, **placing)
     validation = None
-    if out is not None:
-        validation = LabelledEvaluation(LabelledRows.of(held, out, config.row_length), **placing)
-        counts["held_out"] = len(out)
-    return LabelledData(loader, validation, counts | {"conversations": len(rows.numbers), "rows": len(rows)})
+    if held is not None:
+        validation = LabelledEvaluation(LabelledRows.of(held, np.arange(len(held)), config.row_length), **placing)
+    return LabelledData(loader, validation, counts | more | {"conversations": len(rows.numbers), "rows": len(rows)})
 
 
 def load_labelled(
     config: DataConfig, sources: Sequence[SourceConfig], chat: ChatFormat
 ) -> tuple[LabelledSet, dict[str, int]]:
-    """The labelled conversations of `sources` that fit into a row; the others go to the quarantine file.
+    """The labelled conversations of `sources` that fit into a row, and counts of the others; see `read_items`."""
+    closing = closing_ids(chat)
 
-    Raises:
-      ConfigError: a source cannot be read, more than `max_bad_share` of the rows are bad (too long is not bad), or none
-        is left.
-    """
-    found: list[tuple[int, Record, np.ndarray, dict[str, float]]] = []
-    bad: list[Rejected] = []
-    too_long: list[Rejected] = []
-    read, closing = 0, closing_ids(chat)
-    for i, source in enumerate(sources):
-        names = merge_columns(config.columns, source.columns)
-        rows = iter(tqdm(read_rows(source), f"tokenising {source.label}", unit=" rows", disable=None, mininterval=1.0))
-        while chunk := list(itertools.islice(rows, _CHUNK)):
-            read += len(chunk)
-            items = [(raw, item) for raw in chunk for item in records_in(raw, names, source.label)]
-            bad += [item for _, item in items if isinstance(item, Rejected)]
-            records = [(raw, item) for raw, item in items if isinstance(item, Record)]
-            for (raw, record), turns in zip(records, chat.turns([r for _, r in records], ["turn"] * len(records))):
-                labels = _labels(raw, record)
-                if isinstance(turns, BadRow) or all(map(math.isnan, labels.values())):
-                    reason = str(turns) if isinstance(turns, BadRow) else f"no label in {' or '.join(COLUMNS.values())}"
-                    bad.append(Rejected(raw.file, raw.line, reason))
-                    continue
-                ids = np.array([*turns[-1].ids, *closing], np.int32)
-                if len(ids) > config.row_length:
-                    reason = f"the conversation has {len(ids)} tokens, over data.row_length = {config.row_length}"
-                    too_long.append(Rejected(raw.file, raw.line, reason))
-                    continue
-                found.append((i, record, ids, labels))
-    rejected = sorted(bad + too_long, key=lambda row: (row.file, row.line))
-    write_rejected(rejected, read, max_share=math.inf, path=config.quarantine)
-    if len(bad) > config.max_bad_share * read:
-        first = bad[0]
-        raise ConfigError(
-            f"{len(bad)} of {read} rows are unusable, more than data.max_bad_share = {config.max_bad_share:g}; "
-            f"the first at {first.file}:{first.line}: {first.reason}"
-        )
-    if not found:
-        raise ConfigError(f"data: no labelled conversation in {', '.join(s.label for s in sources)}")
-    made = LabelledSet(
-        sequences=[ids for _, _, ids, _ in found],
-        labels={name: np.array([labels[name] for *_, labels in found]) for name in COLUMNS},
-        question=np.array([question_key(record) for _, record, *_ in found], np.int64),
-        source=np.array([i for i, *_ in found], np.int32),
-        ids=[record.id for _, record, *_ in found],
+    def labelled(turns: Any, labels: dict[str, float]) -> tuple[np.ndarray, dict[str, float]] | BadRow:
+        if isinstance(turns, BadRow):
+            return turns
+        if all(map(math.isnan, labels.values())):
+            return BadRow(f"no label in {' or '.join(COLUMNS.values())}")
+        ids = np.array([*turns[-1].ids, *closing], np.int32)
+        if len(ids) > config.row_length:
+            return TooLong(f"the conversation has {len(ids)} tokens, over data.row_length = {config.row_length}")
+        return ids, labels
+
+    def make(raws: Sequence[RawRow], records: Sequence[Record]) -> list[tuple[np.ndarray, dict[str, float]] | BadRow]:
+        rendered = chat.turns(records, ["turn"] * len(records))
+        return [labelled(turns, _labels(raw, record)) for raw, record, turns in zip(raws, records, rendered, strict=True)]
+
+    items, counts = read_items(config, sources, make, what="labelled conversation")
+    found = LabelledSet(
+        sequences=[item.made[0] for item in items],
+        labels={name: np.array([item.made[1][name] for item in items]) for name in COLUMNS},
+        question=np.array([question_key(item.record) for item in items], np.int64),
+        source=np.array([item.source for item in items], np.int32),
+        ids=[item.record.id for item in items],
         sources=tuple(s.label for s in sources),
     )
-    return made, {"bad": len(bad), "too_long": len(too_long)}
+    return found, counts
 
 
 def _labels(raw: RawRow, record: Record) -> dict[str, float]:

@@ -20,11 +20,11 @@ import numpy as np
 
 from dqjax.config import ConfigError
 from dqjax.data.chat import ChatFormat
-from dqjax.data.config import DataConfig, SourceConfig, StageConfig
+from dqjax.data.config import DataConfig, StageConfig
 from dqjax.data.documents import Documents, load_documents
 from dqjax.data.pack import Reduction, Tokens, pack_rows
 from dqjax.data.rows import PackedRows, TokenValues, plan_rows
-from dqjax.data.split import hold_out, in_stage, weigh, without_questions
+from dqjax.data.split import in_stage, split
 from dqjax.types import Batch
 
 log = logging.getLogger(__name__)
@@ -290,19 +290,7 @@ def open_training_data(
     """
     chat = ChatFormat.of(tokenizer)
     documents = load_documents(config, config.sources, chat)
-    held, train = None, np.arange(len(documents))
-    counts: dict[str, int] = {}
-    if isinstance(config.validation, str):
-        source = SourceConfig(path=config.validation)
-        held = load_documents(config.model_copy(update={"quarantine": None}), [source], chat)
-        train = without_questions(documents, held)
-        counts["overlap_removed"] = len(documents) - len(train)
-    elif config.validation is not None:
-        out, train = hold_out(documents, config.validation, config.seed)
-        held = documents.take(out)
-    if not len(train):
-        raise ConfigError("data: every training document asks a held-out question")
-    train = weigh(config.sources, documents.source, train, config.seed)
+    train, held, counts = split(config, documents, lambda config, sources: load_documents(config, sources, chat))
     options = {
         "row_length": config.row_length,
         "too_long": config.too_long,
@@ -337,6 +325,5 @@ def open_training_data(
         if not len(rows):
             raise ConfigError("data.validation: no held-out document fits into a row")
         validation = Evaluation(rows, **placing)
-        counts["held_out"] = len(held)
     counts |= {"documents": packed, "rows": sum(len(s.rows) for s in stages), "too_long": too_long}
     return TrainingData(loader, validation, documents, documents.sources, counts)

@@ -9,29 +9,26 @@ A pair is one item to the packer, so no micro-batch border cuts it. Order and st
 """
 
 import dataclasses
-import itertools
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from dqjax.config import ConfigError
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import DataConfig, SourceConfig
-from dqjax.data.documents import write_rejected
 from dqjax.data.loader import Loader, Stage
 from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing, pack_rows
+from dqjax.data.pair_checks import report_right_rejected
+from dqjax.data.reading import TooLong, read_items
 from dqjax.data.records import BadRow, Record, question_key
-from dqjax.data.sources import Rejected, merge_columns, read_rows, records_in
-from dqjax.data.split import hold_out, weigh, without_questions
+from dqjax.data.sources import RawRow
+from dqjax.data.split import split
 from dqjax.data.tokenise import turn_mode
 from dqjax.types import Batch
-
-_CHUNK = 512  # rows tokenised at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,15 +148,14 @@ class PairEvaluation:
         rows, weight = self.rows, 1.0 / len(self.rows.numbers)
         for first in range(0, len(rows), self.batch_rows):
             local = [rows.row(first + i, weight) if first + i < len(rows) else [] for i in self.local_rows]
-            # One row more, dropped again: a host whose rows are all empty then has the side arrays of the others.
-            batch = pack_rows(
-                [*local, rows.row(0, weight)],
+            yield pack_rows(
+                local,
                 rows.row_length,
                 columns=2 * rows.plan.columns,
                 reduction="sum",
                 pad_id=self._pad_id,
+                like=rows.row(0, weight),
             )
-            yield jax.tree.map(lambda x: x[:-1], batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,26 +192,16 @@ def open_pair_data(
     _refuse_other_settings(config)
     chat = ChatFormat.of(tokenizer)
     closing = closing_ids(chat) if whole else []
-    pairs, counts = load_pairs(config, config.sources, chat, columns, closing)
-    held, train = None, np.arange(len(pairs))
-    if isinstance(config.validation, str):
-        source = SourceConfig(path=config.validation)
-        held, _ = load_pairs(config.model_copy(update={"quarantine": None}), [source], chat, columns, closing)
-        train = without_questions(pairs, held)
-        counts["overlap_removed"] = len(pairs) - len(train)
-    elif config.validation is not None:
-        out, train = hold_out(pairs, config.validation, config.seed)
-        held = pairs.take(out)
-    if not len(train):
-        raise ConfigError("data: every training pair asks a held-out question")
-    rows = PairRows.of(pairs, weigh(config.sources, pairs.source, train, config.seed), config.row_length)
+    load = functools.partial(load_pairs, chat=chat, columns=columns, closing=closing)
+    pairs, counts = load(config, config.sources)
+    train, held, more = split(config, pairs, lambda config, sources: load(config, sources)[0])
+    rows = PairRows.of(pairs, train, config.row_length)
     placing = {"batch_rows": batch_rows, "local_rows": local_rows, "pad_id": tokenizer.pad_token_id}
     loader = PairLoader(rows, seed=config.seed, prefetch=config.prefetch, **placing)
     validation = None
     if held is not None:
         validation = PairEvaluation(PairRows.of(held, np.arange(len(held)), config.row_length), **placing)
-        counts["held_out"] = len(held)
-    return PairData(loader, validation, pairs, counts | {"pairs": len(rows.numbers), "rows": len(rows)})
+    return PairData(loader, validation, pairs, counts | more | {"pairs": len(rows.numbers), "rows": len(rows)})
 
 
 def load_pairs(
@@ -225,55 +211,25 @@ def load_pairs(
     columns: Sequence[str] = (),
     closing: Sequence[int] = (),
 ) -> tuple[PairSet, dict[str, int]]:
-    """The pairs of `sources` that fit into a row, and counts of the others; those go to the quarantine file.
+    """The pairs of `sources` that fit into a row, and counts of the others; see `read_items`.
 
-    Raises:
-      ConfigError: a source cannot be read, more than `max_bad_share` of the rows are bad (too long is not bad), or none
-        is left.
+    The count `rejected_right` is of pairs whose rejected answer is right, see `report_right_rejected`.
     """
-    found: list[tuple[int, Record, np.ndarray, np.ndarray, int, list[float]]] = []
-    bad: list[Rejected] = []
-    too_long: list[Rejected] = []
-    read = 0
-    for i, source in enumerate(sources):
-        names = merge_columns(config.columns, source.columns)
-        rows = iter(tqdm(read_rows(source), f"tokenising {source.label}", unit=" rows", disable=None, mininterval=1.0))
-        while chunk := list(itertools.islice(rows, _CHUNK)):
-            read += len(chunk)
-            items = [(raw, item) for raw in chunk for item in records_in(raw, names, source.label)]
-            bad += [item for _, item in items if isinstance(item, Rejected)]
-            records = [(raw, item) for raw, item in items if isinstance(item, Record)]
-            for (raw, record), made in zip(records, _tokenise([r for _, r in records], config, chat, columns)):
-                if isinstance(made, BadRow):
-                    bad.append(Rejected(raw.file, raw.line, str(made)))
-                    continue
-                chosen, rejected, start, numbers = made
-                chosen, rejected = (np.array([*ids, *closing], np.int32) for ids in (chosen, rejected))
-                if (length := len(chosen) + len(rejected)) > config.row_length:
-                    reason = f"the pair has {length} tokens, over data.row_length = {config.row_length}"
-                    too_long.append(Rejected(raw.file, raw.line, reason))
-                    continue
-                found.append((i, record, chosen, rejected, start, numbers))
-    rejected_rows = sorted(bad + too_long, key=lambda row: (row.file, row.line))
-    write_rejected(rejected_rows, read, max_share=1.0, path=config.quarantine)
-    if len(bad) > config.max_bad_share * read:
-        first = bad[0]
-        raise ConfigError(
-            f"{len(bad)} of {read} rows are no usable pair, more than data.max_bad_share = {config.max_bad_share:g}; "
-            f"the first at {first.file}:{first.line}: {first.reason}"
-        )
-    if not found:
-        raise ConfigError(f"data: no pair of {read} rows in {', '.join(s.label for s in sources)} can be used")
+
+    def make(raws: Sequence[RawRow], records: Sequence[Record]) -> list[_Made | BadRow]:
+        return [_fitting(made, closing, config.row_length) for made in _tokenise(records, config, chat, columns)]
+
+    items, counts = read_items(config, sources, make, what="pair")
     pairs = PairSet(
-        sequences=[(chosen, rejected) for _, _, chosen, rejected, _, _ in found],
-        answer_start=np.array([start for *_, start, _ in found], np.int32),
-        question=np.array([question_key(record) for _, record, *_ in found], np.int64),
-        source=np.array([i for i, *_ in found], np.int32),
-        values={name: np.array([numbers[k] for *_, numbers in found]) for k, name in enumerate(columns)},
-        ids=[record.id for _, record, *_ in found],
+        sequences=[item.made[:2] for item in items],
+        answer_start=np.array([item.made[2] for item in items], np.int32),
+        question=np.array([question_key(item.record) for item in items], np.int64),
+        source=np.array([item.source for item in items], np.int32),
+        values={name: np.array([item.made[3][k] for item in items]) for k, name in enumerate(columns)},
+        ids=[item.record.id for item in items],
         sources=tuple(s.label for s in sources),
     )
-    return pairs, {"bad": len(bad), "too_long": len(too_long)}
+    return pairs, counts | {"rejected_right": report_right_rejected(items)}
 
 
 def closing_ids(chat: ChatFormat) -> list[int]:
@@ -286,9 +242,23 @@ def closing_ids(chat: ChatFormat) -> list[int]:
     return ids[len(ids) - ids[::-1].index(chat.end_id) :]
 
 
+_Made = tuple[np.ndarray, np.ndarray, int, list[float]]
+"""(chosen, rejected, answer_start, numbers) of a pair."""
+
+
+def _fitting(made: _Made | BadRow, closing: Sequence[int], row_length: int) -> _Made | BadRow:
+    """The pair with its closing tokens, if it fits into a row."""
+    if isinstance(made, BadRow):
+        return made
+    chosen, rejected = (np.array([*ids, *closing], np.int32) for ids in made[:2])
+    if (length := len(chosen) + len(rejected)) > row_length:
+        return TooLong(f"the pair has {length} tokens, over data.row_length = {row_length}")
+    return chosen, rejected, *made[2:]
+
+
 def _tokenise(
     records: Sequence[Record], config: DataConfig, chat: ChatFormat, columns: Sequence[str]
-) -> list[tuple[np.ndarray, np.ndarray, int, list[float]] | BadRow]:
+) -> list[_Made | BadRow]:
     """(chosen, rejected, answer_start, numbers) of each record, or why there are none."""
     checked: list[list[float] | BadRow] = []
     for record in records:
@@ -322,7 +292,7 @@ def _check(record: Record, mode: str, columns: Sequence[str]) -> list[float]:
     return numbers
 
 
-def _join(chosen: Any, rejected: Any, numbers: list[float]) -> tuple[np.ndarray, np.ndarray, int, list[float]] | BadRow:
+def _join(chosen: Any, rejected: Any, numbers: list[float]) -> _Made | BadRow:
     """A pair of the last turns of two rendered conversations."""
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(turns, BadRow):

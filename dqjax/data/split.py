@@ -1,16 +1,47 @@
 """Which documents are trained on, how often and when: held-out questions, source weights, curriculum stages."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dqjax.config import ConfigError
-from dqjax.data.config import SourceConfig, StageConfig
+from dqjax.data.config import DataConfig, SourceConfig, StageConfig
 from dqjax.data.documents import Documents
 
 log = logging.getLogger(__name__)
+
+
+def split(
+    config: DataConfig, found: Any, load: Callable[[DataConfig, Sequence[SourceConfig]], Any]
+) -> tuple[Int[np.ndarray, " taken"], Any, dict[str, int]]:
+    """What `data.validation` and the sources' weights make of a set.
+
+    Args:
+      found: all that was read: documents, pairs, labelled conversations, which have `question`, `source` and `take`.
+      load: reads a set of the same kind.
+
+    Returns:
+      Numbers to train on (one may occur twice), the held-out set or None, and counts for the log.
+
+    Raises:
+      ConfigError: a side is empty.
+    """
+    held, train, counts = None, np.arange(len(found)), {}
+    if isinstance(config.validation, str):
+        held = load(config.model_copy(update={"quarantine": None}), [SourceConfig(path=config.validation)])
+        train = without_questions(found, held)
+        counts["overlap_removed"] = len(found) - len(train)
+    elif config.validation is not None:
+        out, train = hold_out(found, config.validation, config.seed)
+        held = found.take(out)
+    if not len(train):
+        raise ConfigError("data: every training row asks a held-out question")
+    if held is not None:
+        counts["held_out"] = len(held)
+    return weigh(config.sources, found.source, train, config.seed), held, counts
 
 
 def hold_out(

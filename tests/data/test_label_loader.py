@@ -82,7 +82,7 @@ def test_rows_without_labels_and_long_ones_are_quarantined(open_data, tmp_path):
     said = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [bad["line"] for bad in said] == [2, 3]
     assert "no label in Reasoning_Verbosity or Cognitive_Difficulty" in said[0]["reason"]
-    with pytest.raises(ConfigError, match="1 of 2 rows are unusable"):
+    with pytest.raises(ConfigError, match="1 of 2 rows are no usable labelled conversation"):
         open_data([row(0), unlabelled])
 
 
