@@ -17,8 +17,11 @@
 The result is the last column's sum, then the last digits of the others from right to left, without leading zeros.
 
 `running` keeps the running totals alone (`41 - 54 = -13`), `answer` has no chain.
+
+`write_mistaken_chain` writes columns with one wrong digit, from which everything behind it follows.
 """
 
+import random
 import re
 from typing import Literal
 
@@ -37,13 +40,10 @@ def write_chain(expression: str, answer: str, style: Style) -> str | None:
     Raises:
       ValueError: not such an expression, or the chain ends elsewhere.
     """
-    if not _EXPRESSION.fullmatch(expression):
-        raise ValueError(f"expected terms joined by ' + ' and ' - ', got {expression!r}")
-    first, *rest = expression.split(" ")
-    total, lines = int(first), []
-    for op, term in zip(rest[::2], map(int, rest[1::2])):
-        head = f"{total} {op} {term}"
-        signed = term if op == "+" else -term
+    total, rest = _terms(expression)
+    lines = []
+    for op, term in rest:
+        head, signed = f"{total} {op} {term}", term if op == "+" else -term
         if style == "columns":
             work, result = _columns(total, signed)
             lines.append(f"{head}: {work} | {result}")
@@ -56,8 +56,43 @@ def write_chain(expression: str, answer: str, style: Style) -> str | None:
     return None if style == "answer" else "\n".join(lines)
 
 
-def _columns(a: int, b: int) -> tuple[str, int]:
-    """The work of a + b, and the result as it is read off the columns (never computed otherwise)."""
+def write_mistaken_chain(expression: str) -> tuple[str, str]:
+    """(chain, answer) in the style `columns` with one wrong digit, drawn by the expression; the answer is wrong too.
+
+    The digit is the last one of a column's result; carries stay, and all that follows is computed from the wrong total,
+    so that only the arithmetic of that column gives it away.
+
+    Raises:
+      ValueError: not an expression that `write_chain` takes, or one without an operation.
+    """
+    total, rest = _terms(expression)
+    if not rest:
+        raise ValueError(f"expected two terms or more, got {expression!r}")
+    rng = random.Random(expression)
+    wrong_line, lines = rng.randrange(len(rest)), []
+    for i, (op, term) in enumerate(rest):
+        signed = term if op == "+" else -term
+        width = max(len(str(abs(total))), len(str(abs(term))))
+        slip = (rng.randrange(width), rng.randint(1, 9)) if i == wrong_line else None
+        work, result = _columns(total, signed, slip)
+        lines.append(f"{total} {op} {term}: {work} | {result}")
+        total = result
+    return "\n".join(lines), str(total)
+
+
+def _terms(expression: str) -> tuple[int, list[tuple[str, int]]]:
+    """The first term, and the others with their operations."""
+    if not _EXPRESSION.fullmatch(expression):
+        raise ValueError(f"expected terms joined by ' + ' and ' - ', got {expression!r}")
+    first, *rest = expression.split(" ")
+    return int(first), list(zip(rest[::2], map(int, rest[1::2])))
+
+
+def _columns(a: int, b: int, slip: tuple[int, int] | None = None) -> tuple[str, int]:
+    """The work of a + b, and the result as it is read off the columns (never computed otherwise).
+
+    slip: (column, 1 … 9): the last digit of that column's result is off by so much, modulo 10.
+    """
     same_sign = (a < 0) == (b < 0) or not a or not b
     x, y = (abs(a), abs(b)) if same_sign else sorted((abs(a), abs(b)), reverse=True)
     negative = (a if abs(a) >= abs(b) else b) < 0 and (same_sign or x != y)
@@ -65,16 +100,20 @@ def _columns(a: int, b: int) -> tuple[str, int]:
     for i in range(width):
         dx, dy = x // 10**i % 10, y // 10**i % 10
         if same_sign:
-            value = dx + dy + carry
+            value = _slipped(dx + dy + carry, slip, i)
             columns.append(f"{dx}+{dy}+{carry}={value}")
             digits.append(value if i == width - 1 else value % 10)
             carry = value // 10
         else:
             borrow = dx < dy + carry
-            value = dx + 10 * borrow - dy - carry
+            value = _slipped(dx + 10 * borrow - dy - carry, slip, i)
             columns.append(f"{dx + 10 * borrow}-{dy}-{carry}={value}")
             digits.append(value)
             carry = int(borrow)
     magnitude = int("".join(map(str, reversed(digits))))
     task = f"{x}{'+' if same_sign else '-'}{y} {'-' if negative else '+'}"
     return f"{task}: {' '.join(columns)}", -magnitude if negative else magnitude
+
+
+def _slipped(value: int, slip: tuple[int, int] | None, column: int) -> int:
+    return value if slip is None or slip[0] != column else value // 10 * 10 + (value + slip[1]) % 10

@@ -22,7 +22,7 @@ import numpy as np
 import pydantic
 
 from dqjax.config import ConfigError, Section, load
-from dqjax.data.chains import write_chain
+from dqjax.data.chains import write_chain, write_mistaken_chain
 from dqjax.data.config import ColumnsConfig, SourceConfig
 from dqjax.data.decontaminate import Benchmarks, DecontaminateConfig
 from dqjax.data.documents import write_rejected
@@ -50,7 +50,8 @@ class CollectConfig(Section):
     near_duplicates: also remove problems that nearly repeat an earlier one; by default only equal rows go.
     decontaminate: remove problems that are in a benchmark.
     workers: processes for these two; by default the machine's cores, at most 16.
-    chain_styles: for `chain_sum` problems, one training and validation file for each of these styles.
+    chain_styles: for `chain_sum` problems, one training and validation file for each of these: the styles of
+      `dqjax.data.chains`, `mistaken` (columns with one wrong digit), or `pairs` (columns preferred to mistaken ones).
     seed: of the draw of held-out problems.
     max_bad_share: the command fails when more of the rows than this are unusable.
     """
@@ -64,7 +65,7 @@ class CollectConfig(Section):
     near_duplicates: NearConfig | None = None
     decontaminate: DecontaminateConfig | None = None
     workers: int | None = pydantic.Field(None, ge=1)
-    chain_styles: tuple[Literal["columns", "running", "answer"], ...] = ()
+    chain_styles: tuple[Literal["columns", "running", "answer", "mistaken", "pairs"], ...] = ()
     seed: int = 0
     max_bad_share: float = pydantic.Field(0.01, ge=0, le=1)
 
@@ -172,11 +173,26 @@ def _rows(record: Record, split: str, styles: Sequence[str]) -> Iterator[tuple[s
         yield "test.jsonl", dataclasses.replace(record, messages=prompt).to_row()
     elif styles and split != "test":
         for style in styles:
-            chain = write_chain(record.extra["metadata"]["expression"], record.answer, style)
-            said = (*record.messages, Message("assistant", record.answer, chain))
-            yield f"{split}_{style}.jsonl", dataclasses.replace(record, messages=said).to_row()
+            yield f"{split}_{style}.jsonl", _in_style(record, style).to_row()
     else:
         yield f"{split}.jsonl", record.to_row()
+
+
+def _in_style(record: Record, style: str) -> Record:
+    """The `chain_sum` problem with a chain behind it, or a pair of them."""
+    expression = record.extra["metadata"]["expression"]
+    if style == "mistaken":
+        return dataclasses.replace(record, messages=(*record.messages, _mistaken(expression)))
+    if style == "pairs":
+        right = Message("assistant", record.answer, write_chain(expression, record.answer, "columns"))
+        return dataclasses.replace(record, chosen=right, rejected=_mistaken(expression))
+    right = Message("assistant", record.answer, write_chain(expression, record.answer, style))
+    return dataclasses.replace(record, messages=(*record.messages, right))
+
+
+def _mistaken(expression: str) -> Message:
+    chain, answer = write_mistaken_chain(expression)
+    return Message("assistant", answer, chain)
 
 
 class _Files(contextlib.AbstractContextManager):

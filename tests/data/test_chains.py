@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from dqjax.data.chains import write_chain
+from dqjax.data.chains import write_chain, write_mistaken_chain
 
 
 def test_columns_by_hand():
@@ -82,3 +82,28 @@ def test_every_line_follows_from_itself(terms, ops):
         assert before == running
         running = after
     assert running == total
+
+
+@hypothesis.given(st.lists(st.integers(-9999, 9999), min_size=2, max_size=6), st.data())
+def test_a_mistaken_chain_has_one_wrong_digit_and_is_right_again_from_there(terms, data):
+    """Up to the wrong column all is as in the right chain; every later line passes the reader; the answer is wrong."""
+    ops = [data.draw(st.sampled_from("+-")) for _ in terms[1:]]
+    expression = " ".join([str(terms[0]), *(f"{op} {term}" for op, term in zip(ops, terms[1:]))])
+    right = eval(expression.replace("--", "- -"))  # noqa: S307 - integers and signs of our own
+    chain, answer = write_mistaken_chain(expression)
+    assert (chain, answer) == write_mistaken_chain(expression) and answer != str(right)
+    mistaken, whole = chain.splitlines(), write_chain(expression, str(right), "columns").splitlines()
+    (wrong,) = [i for i, line in enumerate(mistaken) if not passes(line)]
+    assert mistaken[:wrong] == whole[:wrong]
+    theirs, ours = ([*COLUMN.finditer(LINE.fullmatch(lines[wrong])[8])] for lines in (whole, mistaken))
+    (slip,) = [i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a[0] != b[0]]
+    assert theirs[slip].groups()[:5] == ours[slip].groups()[:5]  # the result of one column, and nothing else
+    assert chain.endswith(f"| {answer}")
+
+
+def passes(line):
+    try:
+        check_line(line)
+    except AssertionError:
+        return False
+    return True
