@@ -77,15 +77,14 @@ def _cached(q, keys, values, context: Context, rules: Rules, backend: str | None
     slots = keys.shape[1]
 
     def prefill(q, k, v, segment_ids, positions, lengths):
-        kv_positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (q.shape[0], slots))
+        used = jnp.arange(slots) < lengths[:, None]
         return attention_kernel.attention(
             q,
             k,
             v,
             q_segment_ids=(segment_ids > 0).astype(jnp.int32),
-            kv_segment_ids=(kv_positions < lengths[:, None]).astype(jnp.int32),
+            kv_segment_ids=used.astype(jnp.int32),
             q_positions=positions,
-            kv_positions=kv_positions,
             causal=True,
             backend=backend,
         )

@@ -2,13 +2,17 @@
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.attention.cudnn import cudnn_attention, why_not_cudnn
+from dqjax.kernels.attention.intervals import IntervalPlan, build_intervals, check_order
 from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
+from dqjax.kernels.attention.mosaic_gpu import why_not_mosaic_gpu
+from dqjax.kernels.attention.mosaic_gpu_backward import MOSAIC_GPU
 from dqjax.kernels.attention.plan import Plan, build_plan
 from dqjax.kernels.attention.reference import reference_attention
 from dqjax.kernels.attention.shapes import check_shapes, check_variant, complete_tokens
@@ -19,10 +23,10 @@ from dqjax.kernels.varying import vary, varying_axes
 
 log = logging.getLogger(__name__)
 
-KERNELS: dict[str, Kernel] = {"tpu": TPU, "xla": XLA}
+KERNELS: dict[str, Kernel] = {"tpu": TPU, "mosaic_gpu": MOSAIC_GPU, "xla": XLA}
 BACKENDS = ("reference", "cudnn", *KERNELS)
 
-__all__ = ["BACKENDS", "MASKED", "Plan", "attention", "default_backend", "make_plan"]
+__all__ = ["BACKENDS", "MASKED", "Plan", "attention", "make_plan", "packed_backend"]
 
 
 def attention(
@@ -39,7 +43,7 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     backend: str | None = None,
-    plan: Plan | None = None,
+    plan: Plan | IntervalPlan | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """softmax(scale · q kᵀ) v over the keys that each query sees.
@@ -51,21 +55,23 @@ def attention(
       q, k, v: one floating dtype; query head n reads key-value head n // (N / K). Products accumulate and the softmax
         runs in float32 at least.
       q_segment_ids: the document of each token, 0 for padding; None is one document a row without padding. Ids that
-        come in order along the row let whole blocks be skipped.
+        come in order along the row let whole blocks be skipped; "mosaic_gpu" needs them so, and padding at the row's
+        ends only: it raises where it can look at the ids and gives NaN where they are traced.
       kv_segment_ids: likewise for the keys; None repeats the queries' (T == S).
       q_positions, kv_positions: None counts along the row. For packed rows leave them out: inside a document the order
         is that of the row, and blocks are skipped more tightly than with positions that restart.
       causal, window, softcap: see `mask.Variant`.
       scale: None is 1/√H.
-      backend: "tpu" (Pallas), "xla" (blockwise), "cudnn" (rows that are one document each), "reference" (naive).
-        None takes "tpu" on TPU, "cudnn" on GPU where it can do the mask, else "xla". A program compiled for a device
-        that is not the default one must name its backend.
+      backend: "tpu" (Pallas), "mosaic_gpu" (Pallas, Hopper), "xla" (blockwise), "cudnn" (rows that are one document
+        each), "reference" (naive). None takes the first of "tpu", "mosaic_gpu", "cudnn" and "xla" that the default
+        device and the call allow. A program compiled for another device must name its backend.
       plan: `make_plan` of the same tokens and mask; None makes one here.
       return_lse: also return lse, which is differentiable.
 
     Returns:
       The output in q's dtype, exactly 0 where a query sees nothing; and lse [B, T, N] in float32, log Σ exp(logits),
-      finite (`MASKED`) where a query sees nothing. Padding gets no gradient and gives none, whatever it holds.
+      finite (`MASKED`) where a query sees nothing. Padding gets no gradient and gives none, whatever it holds (with
+      "mosaic_gpu": whatever finite values it and its cotangents hold).
 
     Raises:
       ValueError: shapes, an option or a plan that do not fit.
@@ -77,15 +83,20 @@ def attention(
     tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
     variant = Variant(causal, window, softcap, H**-0.5 if scale is None else scale)
     in_order = q_positions is None and kv_positions is None
-    refusal = why_not_cudnn(
-        q, k, variant, segments=q_segment_ids is not None, positions=not in_order, return_lse=return_lse
-    )
-    backend = default_backend(jax.default_backend(), cudnn_can=refusal is None) if backend is None else backend
+    refusals = {
+        "mosaic_gpu": why_not_mosaic_gpu(q.dtype, H, variant.scale, kv_positions=kv_positions is not None),
+        "cudnn": why_not_cudnn(
+            q, k, variant, segments=q_segment_ids is not None, positions=not in_order, return_lse=return_lse
+        ),
+    }
+    if backend is None:
+        backend = default_backend(jax.devices()[0], *(name for name, refusal in refusals.items() if refusal is None))
+    elif refusals.get(backend):
+        raise NotImplementedError(f"attention: backend {backend!r} cannot do {refusals[backend]}; use 'xla'")
     if backend == "cudnn":
-        if refusal is not None:
-            raise NotImplementedError(f"attention: backend 'cudnn' cannot do {refusal}; use 'xla'")
         return cudnn_attention(q, k, v, variant)
-    if q_segment_ids is not None:
+    scrub = q_segment_ids is not None and backend != "mosaic_gpu"
+    if scrub:
         # Padding may hold anything; a NaN there would pass through 0 · NaN in the products and their gradients.
         q = _zero_padding(q, tokens.q_segment_ids)
         k, v = (_zero_padding(x, tokens.kv_segment_ids) for x in (k, v))
@@ -93,14 +104,14 @@ def attention(
         out, lse = reference_attention(q, k, v, tokens, variant)
     elif backend in KERNELS:
         if plan is None:
-            plan = _plan(tokens, causal, window, default_blocks(backend, T, S), in_order)
+            plan = _plan(backend, tokens, causal, window, None, in_order)
         else:
-            _check_plan(plan, T, S, causal, window)
+            _check_plan(plan, backend, T, S, causal, window)
         arrays = q, k, v, tokens, plan
         out, lse = attend(KERNELS[backend], variant, *vary(arrays, varying_axes(arrays)))
     else:
         raise ValueError(f"attention: unknown backend {backend!r}; there are {BACKENDS}")
-    if q_segment_ids is not None:
+    if scrub:
         out = _zero_padding(out, tokens.q_segment_ids)
         lse = jnp.where(tokens.q_segment_ids[..., None] != 0, lse, MASKED)
     return (out, lse) if return_lse else out
@@ -116,13 +127,14 @@ def make_plan(
     window: int | None = None,
     blocks: tuple[int, int] | None = None,
     backend: str | None = None,
-) -> Plan:
+) -> Plan | IntervalPlan:
     """The block ranges of a batch: make it once a step and pass it to `attention` in every layer.
 
     Args:
       q_segment_ids, kv_segment_ids, q_positions, kv_positions, causal, window: as `attention` will get them.
       blocks: tokens in a block of queries and in one of keys; None leaves the choice to backend and lengths.
-      backend: the one that will get the plan; None is that of `attention`.
+        "mosaic_gpu" has its own.
+      backend: the one that will get the plan; None is that of `attention` for bfloat16 heads of 128.
 
     Returns:
       A pytree whose arrays lead with B, for forward and backward alike; shard it like the batch.
@@ -134,9 +146,8 @@ def make_plan(
     B, T = q_segment_ids.shape
     S = T if kv_segment_ids is None else kv_segment_ids.shape[1]
     tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
-    if blocks is None:
-        blocks = default_blocks(default_backend(jax.default_backend()) if backend is None else backend, T, S)
-    return _plan(tokens, causal, window, blocks, q_positions is None and kv_positions is None)
+    backend = packed_backend(jax.devices()[0], jnp.bfloat16, 128) if backend is None else backend
+    return _plan(backend, tokens, causal, window, blocks, q_positions is None and kv_positions is None)
 
 
 def default_blocks(backend: str, length_q: int, length_kv: int) -> tuple[int, int]:
@@ -152,32 +163,59 @@ def default_blocks(backend: str, length_q: int, length_kv: int) -> tuple[int, in
     return min(most, length_q), min(most, length_kv)
 
 
-def _plan(tokens: Tokens, causal: bool, window: int | None, blocks: tuple[int, int], in_order: bool) -> Plan:
+def _plan(
+    backend: str, tokens: Tokens, causal: bool, window: int | None, blocks: tuple[int, int] | None, in_order: bool
+) -> Plan | IntervalPlan:
+    if backend == "mosaic_gpu":
+        plan = build_intervals(tokens, causal=causal, window=window)
+        check_order(plan)
+        return plan
+    block_q, block_kv = blocks or default_blocks(backend, tokens.q_segment_ids.shape[1], tokens.kv_segment_ids.shape[1])
     return build_plan(
-        tokens, causal=causal, window=window, block_q=blocks[0], block_kv=blocks[1], in_order=causal and in_order
+        tokens, causal=causal, window=window, block_q=block_q, block_kv=block_kv, in_order=causal and in_order
     )
 
 
-def _check_plan(plan: Plan, length_q: int, length_kv: int, causal: bool, window: int | None) -> None:
-    """Raises ValueError where the plan was made for another mask: it would skip blocks that are visible here."""
+def _check_plan(
+    plan: Plan | IntervalPlan, backend: str, length_q: int, length_kv: int, causal: bool, window: int | None
+) -> None:
+    """Raises ValueError where the plan was made for another mask, skipping blocks visible here, or another backend."""
     made_for = plan.length_q, plan.length_kv, plan.causal, plan.window
     if made_for != (length_q, length_kv, causal, window):
         raise ValueError(
             "attention: the plan was made for (T, S, causal, window) = "
             f"{made_for}, the call has {(length_q, length_kv, causal, window)}; make one for this mask"
         )
+    if isinstance(plan, IntervalPlan) != (backend == "mosaic_gpu"):
+        raise ValueError(f"attention: the plan is not one for backend {backend!r}; name the backend in make_plan too")
 
 
 def _zero_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jnp.where(segment_ids[..., None, None] != 0, x, 0)
 
 
-@functools.cache
-def default_backend(platform: str, cudnn_can: bool = False) -> str:
-    """The backend that None stands for on a platform ("cpu", "gpu", "tpu"); logged once.
+def packed_backend(device: Any, dtype: jax.typing.DTypeLike, head_size: int) -> str:
+    """The backend that None stands for on a device for packed rows, which have no positions."""
+    refusal = why_not_mosaic_gpu(dtype, head_size, head_size**-0.5, kv_positions=False)
+    return default_backend(device, *([] if refusal else ["mosaic_gpu"]))
 
-    `cudnn_can` says that the call is one cuDNN can do. Only kernels that were run on a device are chosen for it.
+
+def default_backend(device: Any, *able: str) -> str:
+    """The backend that None stands for on a device; logged once.
+
+    Args:
+      able: of "mosaic_gpu" and "cudnn", those that can do the call.
     """
-    backend = "tpu" if platform == "tpu" else "cudnn" if platform == "gpu" and cudnn_can else "xla"
-    log.info("attention: backend %r on %s", backend, platform)
+    if device.platform == "tpu":
+        return _choose("tpu", "tpu")
+    if device.platform != "gpu":
+        return _choose("xla", device.platform)
+    hopper = getattr(device, "compute_capability", None) == "9.0"
+    usable = [name for name in able if name != "mosaic_gpu" or hopper]
+    return _choose(usable[0] if usable else "xla", device.device_kind)
+
+
+@functools.cache
+def _choose(backend: str, place: str) -> str:
+    log.info("attention: backend %r on %s", backend, place)
     return backend

@@ -7,6 +7,7 @@ a rounding; no single row may stray much further; and zeros are zeros.
 import contextlib
 import functools
 import logging
+from typing import NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
@@ -382,13 +383,24 @@ def test_what_the_tpu_kernel_cannot_do_is_said():
 
 
 def test_the_choice_of_backend():
-    """By device, and on GPU by what cuDNN can mask."""
-    choices = [(p, can, api.default_backend(p, can)) for p in ("cpu", "tpu", "gpu") for can in (False, True)]
-    assert [backend for *_, backend in choices] == ["xla", "xla", "tpu", "tpu", "xla", "cudnn"]
+    """By device, and on GPU by what the device and the kernels can do."""
+
+    class Device(NamedTuple):
+        platform: str
+        device_kind: str = "some"
+        compute_capability: str | None = None
+
+    hopper, ampere = Device("gpu", "H200", "9.0"), Device("gpu", "A100", "8.0")
+    both = "mosaic_gpu", "cudnn"
+    assert [api.default_backend(Device(p), *both) for p in ("cpu", "tpu")] == ["xla", "tpu"]
+    assert [api.default_backend(hopper, *able) for able in (both, both[1:], ())] == ["mosaic_gpu", "cudnn", "xla"]
+    assert [api.default_backend(ampere, *able) for able in (both, both[:1])] == ["cudnn", "xla"]
+    assert api.packed_backend(hopper, jnp.bfloat16, 128) == "mosaic_gpu"
+    assert api.packed_backend(hopper, jnp.float32, 128) == api.packed_backend(hopper, jnp.bfloat16, 32) == "xla"
 
 
 def test_the_choice_of_backend_is_logged_once(caplog):
-    api.default_backend.cache_clear()
+    api._choose.cache_clear()
     q, k, v = draw(np.random.default_rng(10), 1, 8, 2, 2, 16)
     with caplog.at_level(logging.INFO, logger=api.__name__):
         attention(q, k, v, q_segment_ids=None)

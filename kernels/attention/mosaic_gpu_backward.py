@@ -1,0 +1,284 @@
+"""Attention on Hopper GPUs: the backward pass, in two kernels that add nothing up across blocks of threads.
+
+`_dq_kernel` owns a tile of 128 queries and walks over keys; `_dkv_kernel` owns a tile of 128 keys and walks over the
+queries of all heads that share them. Both compute the logits anew, which costs seven products instead of five, and
+give the same bits every time. Rows are dealt to two warpgroups, 64 each, and a third fetches, as in the forward pass.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from dqjax.kernels.attention import mosaic_gpu
+from dqjax.kernels.attention.intervals import STEP_KV, STEP_Q, TILE, IntervalPlan
+from dqjax.kernels.attention.mask import Tokens, Variant
+from dqjax.kernels.attention.mosaic_gpu import (
+    BY_COLUMN,
+    BY_ROW,
+    LOG2E,
+    ROWS,
+    TRANSFORMS,
+    WGMMA,
+    bent_products,
+    columns_seen,
+    forward,
+    stretched,
+    tile_work,
+    whole_tiles,
+)
+from dqjax.kernels.attention.vjp import Kernel
+from dqjax.kernels.varying import typed_shape, varying_axes
+
+STAGES_KV, STAGES_Q = 2, 4
+"""Blocks on their way or in use: of keys and values in the dq kernel, of queries in the other."""
+
+
+def backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    tokens: Tokens,
+    plan: IntervalPlan,
+    variant: Variant,
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
+    d_out: Float[Array, "B T N H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """dq, dk, dv by the formulas of `vjp.py`, in the dtype of q."""
+    del tokens
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    q, k, v, d_out = (whole_tiles(x) for x in (q, k, v, d_out.astype(q.dtype)))
+    lse, delta = (whole_tiles(x).transpose(0, 2, 1) for x in (lse * LOG2E, delta))
+    arrays = q, k, v, d_out, lse, delta, plan.lower, plan.upper
+    dq = _dq(arrays, plan.q_tiles, variant)
+    dk, dv = _dkv(arrays, plan.kv_tiles, variant)
+    return dq[:, :T], dk[:, :S], dv[:, :S]
+
+
+MOSAIC_GPU = Kernel(forward, backward)
+
+
+def _dq(arrays, tiles, variant):
+    q, k = arrays[:2]
+    (B, T, N, H), K = q.shape, k.shape[2]
+    return plgpu.kernel(
+        functools.partial(_dq_kernel, variant=variant, group=N // K),
+        out_type=typed_shape(q.shape, q.dtype, varying_axes(arrays)),
+        scratch_types=dict(
+            q_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
+            do_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
+            k_smem=plgpu.SMEM((STAGES_KV, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
+            v_smem=plgpu.SMEM((STAGES_KV, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
+            mine_here=plgpu.Barrier(num_barriers=2, num_arrivals=2),
+            k_here=plgpu.Barrier(num_barriers=STAGES_KV),
+            v_here=plgpu.Barrier(num_barriers=STAGES_KV),
+            k_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES_KV),
+            v_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES_KV),
+        ),
+        grid=(N, T // TILE, B),
+        grid_names=("head", "tile", "row"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=mosaic_gpu.PARAMS,
+        kernel_name="attention_dq",
+    )(*arrays, tiles)
+
+
+def _dq_kernel(
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lower_ref, upper_ref, tiles_ref, dq_ref,
+    *, q_smem, do_smem, k_smem, v_smem, mine_here, k_here, v_here, k_done, v_done, variant, group,
+):  # fmt: skip
+    row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
+    tile, start, steps, whole_from, whole_to = tile_work(tiles_ref, row, lax.axis_index("tile"))
+
+    @pl.when(warpgroup < 2)
+    def compute():
+        plgpu.set_max_registers(240, action="increase")
+        rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+        q_mine, do_mine = q_smem.at[warpgroup], do_smem.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_mine, mine_here.at[warpgroup])
+        plgpu.copy_gmem_to_smem(do_ref.at[row, rows, head], do_mine, mine_here.at[warpgroup])
+        lower, upper, lse, delta = (
+            plgpu.load(ref, layout=BY_ROW, optimized=False)
+            for ref in (
+                lower_ref.at[row, rows], upper_ref.at[row, rows],
+                lse_ref.at[row, head, rows], delta_ref.at[row, head, rows],
+            )
+        )  # fmt: skip
+        plgpu.barrier_wait(mine_here.at[warpgroup])
+
+        def all_steps(dq):
+            def step(i, _):
+                slot = lax.rem(i, STAGES_KV)
+                plgpu.barrier_wait(k_here.at[slot])
+                plgpu.barrier_wait(v_here.at[slot])
+
+                def weights_and_slopes(products, d_weights):
+                    plgpu.wgmma(products, q_mine, k_smem.at[slot].T)
+                    plgpu.wgmma(d_weights, do_mine, v_smem.at[slot].T)
+                    x, factor, slope = bent_products(plgpu.wgmma_accumulator_load(products, wait_n=1), variant)
+                    weights = jnp.exp2(x * factor - stretched(lse, x.shape, 0))
+
+                    def edge():
+                        see = columns_seen(x.shape, start + i * STEP_KV, lower, upper)
+                        return jnp.where(see, weights, 0.0)
+
+                    weights = lax.cond((i < whole_from) | (i >= whole_to), edge, lambda: weights)
+                    return weights if slope is None else weights * slope, d_weights[...]
+
+                tile_type = plgpu.ACC((ROWS, STEP_KV), jnp.float32)
+                weights, d_weights = pl.run_scoped(weights_and_slopes, tile_type, tile_type)
+                plgpu.barrier_arrive(v_done.at[slot])
+                d_logits = weights * (d_weights - stretched(delta, weights.shape, 0))
+                plgpu.wgmma(dq, d_logits.astype(q_smem.dtype), k_smem.at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(k_done.at[slot])
+
+            lax.fori_loop(0, steps, step, None)
+            return dq[...]
+
+        dq = pl.run_scoped(all_steps, plgpu.ACC(q_mine.shape, jnp.float32))
+        q_mine[...] = (dq * variant.scale).astype(q_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_mine, dq_ref.at[row, rows, head])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 2)
+    def fetch():
+        plgpu.set_max_registers(24, action="decrease")
+        kv_head = lax.div(head, group)
+
+        @pl.loop(0, steps)
+        def step(i):
+            slot = lax.rem(i, STAGES_KV)
+            block = row, pl.ds(start + i * STEP_KV, STEP_KV), kv_head
+            for ref, smem, here, done in ((k_ref, k_smem, k_here, k_done), (v_ref, v_smem, v_here, v_done)):
+
+                @pl.when(i >= STAGES_KV)
+                def used():
+                    plgpu.barrier_wait(done.at[slot])
+
+                plgpu.copy_gmem_to_smem(ref.at[block], smem.at[slot], here.at[slot])
+
+
+def _dkv(arrays, tiles, variant):
+    q, k = arrays[:2]
+    N, (B, S, K, H) = q.shape[2], k.shape
+    return plgpu.kernel(
+        functools.partial(_dkv_kernel, variant=variant, group=N // K),
+        out_type=(typed_shape(k.shape, k.dtype, varying_axes(arrays)),) * 2,
+        scratch_types=dict(
+            k_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
+            v_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
+            q_smem=plgpu.SMEM((STAGES_Q, STEP_Q, H), q.dtype, transforms=TRANSFORMS),
+            do_smem=plgpu.SMEM((STAGES_Q, STEP_Q, H), q.dtype, transforms=TRANSFORMS),
+            lse_smem=plgpu.SMEM((STAGES_Q, STEP_Q), jnp.float32),
+            delta_smem=plgpu.SMEM((STAGES_Q, STEP_Q), jnp.float32),
+            mine_here=plgpu.Barrier(num_barriers=2, num_arrivals=2),
+            q_here=plgpu.Barrier(num_barriers=STAGES_Q, num_arrivals=2),
+            do_here=plgpu.Barrier(num_barriers=STAGES_Q, num_arrivals=2),
+            q_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES_Q),
+            do_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES_Q),
+        ),
+        grid=(K, S // TILE, B),
+        grid_names=("head", "tile", "row"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=mosaic_gpu.PARAMS,
+        kernel_name="attention_dkv",
+    )(*arrays, tiles)
+
+
+def _dkv_kernel(
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lower_ref, upper_ref, tiles_ref, dk_ref, dv_ref,
+    *, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, mine_here, q_here, do_here, q_done, do_done,
+    variant, group,
+):  # fmt: skip
+    row, kv_head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
+    tile, start, steps, whole_from, whole_to = tile_work(tiles_ref, row, lax.axis_index("tile"))
+
+    @pl.when(warpgroup < 2)
+    def compute():
+        plgpu.set_max_registers(240, action="increase")
+        first_key = tile * TILE + warpgroup * ROWS
+        keys = pl.ds(first_key, ROWS)
+        k_mine, v_mine = k_smem.at[warpgroup], v_smem.at[warpgroup]
+        plgpu.copy_gmem_to_smem(k_ref.at[row, keys, kv_head], k_mine, mine_here.at[warpgroup])
+        plgpu.copy_gmem_to_smem(v_ref.at[row, keys, kv_head], v_mine, mine_here.at[warpgroup])
+        plgpu.barrier_wait(mine_here.at[warpgroup])
+
+        def all_steps(dk, dv):
+            def step(count, _):
+                i, slot = lax.rem(count, steps), lax.rem(count, STAGES_Q)
+                queries = pl.ds(start + i * STEP_Q, STEP_Q)
+                plgpu.barrier_wait(q_here.at[slot])
+                plgpu.barrier_wait(do_here.at[slot])
+
+                def both(products, d_weights):
+                    plgpu.wgmma(products, k_mine, q_smem.at[slot].T)
+                    plgpu.wgmma(d_weights, v_mine, do_smem.at[slot].T)
+                    lse = plgpu.load(lse_smem.at[slot], layout=BY_COLUMN)
+                    x, factor, slope = bent_products(plgpu.wgmma_accumulator_load(products, wait_n=1), variant)
+                    weights = jnp.exp2(x * factor - stretched(lse, x.shape, 1))
+
+                    def edge():
+                        lower, upper = (
+                            plgpu.load(ref.at[row, queries], layout=BY_COLUMN, optimized=False) - first_key
+                            for ref in (lower_ref, upper_ref)
+                        )
+                        key = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=WGMMA)
+                        see = (key >= stretched(lower, x.shape, 1)) & (key < stretched(upper, x.shape, 1))
+                        return jnp.where(see, weights, 0.0)
+
+                    weights = lax.cond((i < whole_from) | (i >= whole_to), edge, lambda: weights)
+                    plgpu.wgmma(dv, weights.astype(q_smem.dtype), do_smem.at[slot])
+                    delta = plgpu.load(delta_smem.at[slot], layout=BY_COLUMN)
+                    d_logits = weights * (
+                        plgpu.wgmma_accumulator_load(d_weights, wait_n=1) - stretched(delta, x.shape, 1)
+                    )
+                    return d_logits if slope is None else d_logits * slope
+
+                tile_type = plgpu.ACC((ROWS, STEP_Q), jnp.float32)
+                d_logits = pl.run_scoped(both, tile_type, tile_type)
+                plgpu.wgmma(dk, d_logits.astype(q_smem.dtype), q_smem.at[slot])
+                plgpu.wgmma_wait(1)
+                plgpu.barrier_arrive(do_done.at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(q_done.at[slot])
+
+            lax.fori_loop(0, steps * group, step, None)
+            return dk[...], dv[...]
+
+        tile_type = plgpu.ACC(k_mine.shape, jnp.float32)
+        dk, dv = pl.run_scoped(all_steps, tile_type, tile_type)
+        k_mine[...] = (dk * variant.scale).astype(q_smem.dtype)
+        v_mine[...] = dv.astype(q_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_mine, dk_ref.at[row, keys, kv_head])
+        plgpu.copy_smem_to_gmem(v_mine, dv_ref.at[row, keys, kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 2)
+    def fetch():
+        plgpu.set_max_registers(24, action="decrease")
+
+        @pl.loop(0, steps * group)
+        def step(count):
+            i, slot = lax.rem(count, steps), lax.rem(count, STAGES_Q)
+            head, queries = kv_head * group + lax.div(count, steps), pl.ds(start + i * STEP_Q, STEP_Q)
+            for ref, per_query, smem, per_query_smem, here, done in (
+                (q_ref, lse_ref, q_smem, lse_smem, q_here, q_done),
+                (do_ref, delta_ref, do_smem, delta_smem, do_here, do_done),
+            ):
+
+                @pl.when(count >= STAGES_Q)
+                def used():
+                    plgpu.barrier_wait(done.at[slot])
+
+                plgpu.copy_gmem_to_smem(ref.at[row, queries, head], smem.at[slot], here.at[slot])
+                plgpu.copy_gmem_to_smem(per_query.at[row, head, queries], per_query_smem.at[slot], here.at[slot])
