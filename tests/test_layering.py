@@ -31,7 +31,7 @@ ALLOWED = {
     "eval": {"eval", "rewards", "data"} | BASE,
 }
 COMMANDS = {"train", "train_config", "objectives", "generate", "score", "teacher_logits", "plan", "load", "bench", "__init__"}
-PEERS = {"kernels.measure", "kernels.peers"}  # import what they compare with, where it is installed
+PEERS = {"kernels.measure", "kernels.peers", "bench.peers"}  # import what they compare with, where it is installed
 COMMAND_MODULES = {"eval.__main__", "data.__main__", "convert.__main__", "bench.__main__"}
 
 

@@ -206,10 +206,10 @@ class _Run:
         return [slot for slot in range(self._layout.slots) if slot not in self._answers]
 
     def _fill(self) -> None:
-        """Gives free slots samples.
+        """Gives every free slot a sample, as long as there are any.
 
-        Lanes are prefilled together, and only when no prefilled one is left. While most slots are free nothing is decoded;
-        later a chunk is prefilled between two calls of decoding.
+        Lanes are prefilled together, a chunk of each a call, and only when a slot is free and no lane ready: so calls are
+        as few and as full as can be, and so are those of decoding.
         """
         self._load()
         while self._lanes and (free := self._free):
@@ -217,8 +217,6 @@ class _Run:
                 self._admit(free)
             else:
                 self._prefill()
-                if len(free) < self._layout.slots // 2:
-                    return
             self._load()
 
     def _load(self) -> None:
