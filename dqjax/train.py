@@ -101,7 +101,7 @@ def train(config: Config) -> int:
     evaluating = None
     if setup.evaluate is not None:
         evaluate = functools.partial(setup.evaluate, frozen=setup.frozen)
-        evaluating = Evaluating(evaluate, writer, recorder, every=config.train.eval_every, steps=steps)
+        evaluating = Evaluating(evaluate, writer, recorder, every=config.train.eval_every, steps=steps, score=setup.score)
     saving = Saving(
         checkpoints,
         setup.source,

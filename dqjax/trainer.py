@@ -75,6 +75,12 @@ def placer(rules: Rules, rows: int) -> Callable[[Batch], Batch]:
     return place
 
 
+def own_rows(rules: Rules, batch: Batch) -> Batch:
+    """The rows of a whole batch (numpy, the same on every process) that this process's devices hold."""
+    mine = local_rows(rules, len(batch.tokens))
+    return batch if len(mine) == len(batch.tokens) else jax.tree.map(lambda x: x[mine], batch)
+
+
 def local_rows(rules: Rules, rows: int) -> list[int]:
     """Which rows of a global batch this process's devices hold, ascending: what its source must make."""
     indices = rules.sharding(("batch",), (rows,)).addressable_devices_indices_map((rows,)).values()
@@ -83,6 +89,8 @@ def local_rows(rules: Rules, rows: int) -> list[int]:
 
 class Saving:
     """The hook that saves: every so many steps, after a signal to stop, and at the end.
+
+    Where the source has no state yet from which it could go on, it saves behind the first step at which it has one.
 
     SIGTERM and SIGINT ask for a stop: the step in flight is finished, saved, and the loop ends. With several hosts, jax's
     preemption service catches SIGTERM (hence no handler of ours, which would displace its own) and makes all of them stop
@@ -104,6 +112,7 @@ class Saving:
         self._every, self._steps, self._meta, self._score = every, steps, dict(meta), score
         self.stopped_by: int | None = None
         self._asked: int | None = None
+        self._due = False
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._ask)
@@ -116,20 +125,20 @@ class Saving:
 
     def __call__(self, step: int, state: State, metrics: Metrics, batch: Batch) -> bool:
         if jax.process_count() > 1:
-            stop = multihost_utils.reached_preemption_sync_point(step)
-            self._asked = self._asked or (signal.SIGTERM if stop else None)
-        else:
-            stop = self._asked is not None
-        if stop or step % self._every == 0 or step == self._steps:
-            self._recorder.drain()
-            self.save(step, state)
+            sync = multihost_utils.reached_preemption_sync_point(step)
+            self._asked = self._asked or (signal.SIGTERM if sync else None)
+        stop = self._asked is not None
+        self._due = self._due or stop or step % self._every == 0 or step == self._steps
+        data = self._source.get_state() if self._due else None
+        if data is None:
+            return False
+        self._due = False
+        self._recorder.drain()
+        meta = {**self._meta, "data": data, "counters": self._recorder.counters}
+        self._checkpoints.save(step, items_of(state), meta, score=self._score(step))
         if stop:
             self.stopped_by = self._asked
         return stop
-
-    def save(self, step: int, state: State) -> None:
-        meta = {**self._meta, "data": self._source.get_state(), "counters": self._recorder.counters}
-        self._checkpoints.save(step, items_of(state), meta, score=self._score(step))
 
 
 def items_of(state: State) -> dict[str, Any]:
@@ -148,7 +157,7 @@ class Evaluating:
 
     Args:
       evaluate: parameters → (numbers, texts); numbers are written under `eval/`, texts (a sample) beside them.
-      score: name of the number that says which checkpoint is best (lower is better).
+      score: numbers → which checkpoint is best (lower is better); None where they do not say.
     """
 
     def __init__(
@@ -159,7 +168,7 @@ class Evaluating:
         *,
         every: int,
         steps: int,
-        score: str = "loss",
+        score: Callable[[Mapping[str, float]], float | None],
     ):
         self._evaluate, self._writer, self._recorder = evaluate, writer, recorder
         self._every, self._steps, self._score = every, steps, score
@@ -170,7 +179,7 @@ class Evaluating:
             return
         with self._recorder.paused():
             numbers, texts = self._evaluate(state.params)
-        self._scores = {step: numbers.get(self._score)}
+        self._scores = {step: self._score(numbers)}
         self._writer.write(step, {f"eval/{k}": v for k, v in numbers.items()}, texts={f"eval/{k}": v for k, v in texts.items()})
         log.info("step %d  %s", step, "  ".join(f"eval/{k} {v:.4f}" for k, v in numbers.items()))
 

@@ -90,11 +90,12 @@ class Source(Protocol):
     """Where batches come from. `next` gets the current parameters, since a rollout samples from them.
 
     The whole state is what `get_state` returns (JSON values); after `set_state` the same batches follow, on any number of
-    hosts. `next` raises `StopIteration` at the end.
+    hosts. It is None where the source could not go on from here, but will be able to some steps later. `next` raises
+    `StopIteration` at the end.
     """
 
     def next(self, state: Any, frozen: Any) -> Batch: ...
 
-    def get_state(self) -> dict: ...
+    def get_state(self) -> dict | None: ...
 
     def set_state(self, state: dict) -> None: ...

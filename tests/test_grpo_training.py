@@ -1,6 +1,8 @@
 """Training on a policy's own samples: what a run leaves behind, its resumption, and its bounds."""
 
+import dataclasses
 import json
+import math
 import types
 
 import numpy as np
@@ -10,6 +12,7 @@ from dqjax import train
 from dqjax.commands import run_command
 from dqjax.data.chat import parse_response
 from dqjax.data.records import Message, Record
+from dqjax.objectives import grpo
 from dqjax.objectives.groups import Groups, PolicyConfig, Question
 from dqjax.rewards.mix import Mix
 from dqjax.rollout.engine import Sample
@@ -48,10 +51,12 @@ def test_a_run_logs_what_was_sampled(whole):
         assert row["accuracy"] == row["reward/correct"]
         assert 1 <= row["response_tokens"] <= 64 and 0 <= row["truncated"] <= 1
         assert row["trained_tokens"] == row["response_tokens"] * 16
-        assert row["seconds/generate"] > 0 and row["seconds/reward"] > 0
+        assert row["seconds/generate"] > 0 and row["seconds/reward"] > 0 and "seconds/logp" not in row
+        assert row["seconds/update"] > 0
         assert row["gradient_norm"] > 0
     (evaluated,) = [row for row in lines(whole / "metrics.jsonl") if "eval/accuracy" in row and row["step"] == 2]
     assert 0 <= evaluated["eval/accuracy"] <= 1
+    assert evaluated["eval/reward"] == pytest.approx(evaluated["eval/reward/correct"] + evaluated["eval/reward/overlong"])
 
 
 def test_samples_are_written_with_their_rewards(whole):
@@ -91,14 +96,69 @@ def test_the_reference_is_where_the_run_began(workspace):
     assert first < 1e-12 < second  # at first the two differ by rounding alone
 
 
+REUSED = ("train.steps=8", "objective.minibatches=2", "objective.passes=2", "data.validation=null")
+
+
+def test_a_rollout_feeds_several_updates(workspace):
+    """Samples and their old log-probabilities stay; a run stopped in the middle saves behind the rollout, and goes on."""
+    assert run(workspace, "reused", *REUSED, "checkpoint.every=3", "checkpoint.keep=9") == 0
+    folder = workspace / "reused"
+    assert [p.name for p in sorted((folder / "checkpoints").glob("step_*"))] == ["step_00000004", "step_00000008"]
+    steps = [row for row in lines(folder / "metrics.jsonl") if "loss" in row]
+    assert ["seconds/generate" in row and "seconds/logp" in row for row in steps] == [True, False, False, False] * 2
+    assert steps[0]["ratio"] == pytest.approx(1, abs=1e-4) and steps[3]["ratio"] > 1.001
+    assert all(row["sampler_gap"] < 1e-4 for row in steps)  # of the policy that sampled, not of the one that moved on
+    passes = [row["trained_tokens"] for row in steps]
+    assert passes[:2] == passes[2:4] and passes[4:6] == passes[6:]
+    assert sum(passes[:2]) == steps[0]["response_tokens"] * 16
+    (folder / "checkpoints" / "step_00000008").rename(workspace / "removed-reused")
+    assert run(workspace, "reused", *REUSED, "checkpoint.every=3", "checkpoint.keep=9") == 0
+    resumed = [row for row in lines(folder / "metrics.jsonl") if "loss" in row]
+    assert [(row["loss"], row["gradient_norm"]) for row in resumed] == [
+        (row["loss"], row["gradient_norm"]) for row in steps
+    ]
+
+
+def test_a_correction_weighs_by_the_sampler(workspace, monkeypatch):
+    """A sampler that reports twice the probability of every token: weights of 1/2, and half the gradient."""
+    generate = grpo.Engine.generate
+
+    def doubled(self, params, prompts):
+        for sample in generate(self, params, prompts):
+            yield dataclasses.replace(sample, logprobs=tuple(x + math.log(2) for x in sample.logprobs))
+
+    monkeypatch.setattr(grpo.Engine, "generate", doubled)
+    more = ("train.steps=1", "objective.max_sampler_gap=null", "data.validation=null", "optimizer.clip_norm=null")
+    rows = []
+    for correction in ("none", "token_truncate"):
+        assert run(workspace, f"correction-{correction}", *more, f"objective.correction={correction}") == 0
+        rows += lines(workspace / f"correction-{correction}" / "metrics.jsonl")
+    plain, corrected = rows
+    assert plain["sampler_gap"] == pytest.approx(math.log(2), abs=1e-4) and "correction" not in plain
+    assert corrected["correction"] == pytest.approx(0.5, abs=1e-4)
+    assert corrected["gradient_norm"] == pytest.approx(plain["gradient_norm"] / 2, rel=1e-3)
+
+
+def test_the_best_checkpoint_is_kept(workspace, monkeypatch):
+    accuracy = iter([0.25, 0.75, 0.5, 0.25])
+    monkeypatch.setattr(grpo, "measure_policy", lambda *_, **__: lambda *_, **__: ({"accuracy": next(accuracy)}, {}))
+    more = ("train.steps=4", "train.eval_every=1", "train.sample_tokens=0", "checkpoint.every=1", "checkpoint.keep=1")
+    assert run(workspace, "best", *more) == 0
+    kept = sorted(p.name for p in (workspace / "best" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000004"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("data.thinking=on", "data.thinking: nothing to objective grpo"),
         ("data.row_length=66", "hold no prompt"),
-        ("objective.prompts=100000", "objective.prompts: 100000 problems an update"),
+        ("objective.prompts=100000", "objective.prompts: 100000 problems a rollout"),
         ("objective.reward.verbosity={weight: 0.1}", "objective.reward.verbosity needs an RV/CD scorer"),
         ("objective.group_size=1", "objective.group_size"),
+        ("objective.passes=3", "train.steps: 2 updates are no whole number of rollouts, which feed 3 each"),
+        ("objective.minibatches=17", "objective.minibatches: 17 parts of 16 samples"),
+        ("objective.reward.correct=null", "objective.best: accuracy is not graded"),
         ("objective.temprature=1", "objective.temprature: unknown key; did you mean temperature?"),
     ],
 )
@@ -121,7 +181,7 @@ class Engine:
             yield Sample(tuple(range(50, 50 + n)), tuple(-0.5 - i for i in range(n)), "stop")
 
 
-def make_groups(folder, varied, *, problems=6, seed=0, **config):
+def make_groups(folder, varied, *, problems=6, seed=0, values=None, **config):
     chat = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(decode=str), parse=lambda text, thinking: parse_response(text), opens_block=False
     )
@@ -132,7 +192,7 @@ def make_groups(folder, varied, *, problems=6, seed=0, **config):
     reward = {"correct": None, "overlong": {"weight": 1.0}, "overlong_punishment": {"limit": 4, "buffer": 4}}
     config = PolicyConfig(prompts=2, group_size=4, max_new_tokens=4, reward=reward, **config)
     shape = {"row_length": 16, "row_multiple": 4}
-    return Groups(questions, Engine(varied), chat, Mix(config.reward), config, seed=seed, table=folder / "table.jsonl", **shape)
+    return Groups(questions, Engine(varied), chat, Mix(config.reward), config, seed=seed, table=folder / "table.jsonl", values=values, **shape)
 
 
 def step(n):
@@ -190,6 +250,41 @@ def test_groups_that_teach_nothing(tmp_path, uninformative, groups):
     share = source.metrics()["equal_rewards"]
     assert share.total / share.count == (1 / 3 if uninformative == "refill" else 1 / 2)
     assert source.get_state() == {"drawn": 3 if uninformative == "refill" else 2}
+
+
+def test_minibatches_share_out_the_samples(tmp_path):
+    """Each sample is in one of the parts of a pass; the next pass has the same parts, with values made once."""
+    made = []
+
+    def values(params, frozen, batch):
+        made.append(batch)
+        return {"old_logprobs": batch.targets * 2.0}
+
+    source = make_groups(tmp_path, varied=set(range(6)), minibatches=3, passes=2, values=values)
+    batches = [source.next(step(n), None) for n in range(6)]
+    assert len(made) == 3 and len(source._engine.seeds) == 8
+    samples = [tuple(b.side["sample_logprobs"][b.token_weight != 0]) for b in batches]
+    assert samples[:3] == samples[3:]
+    assert sum(map(len, samples[:3])) == 2 * (1 + 2 + 3 + 4)
+    assert sum(float(b.token_weight.sum()) for b in batches[:3]) == pytest.approx(3)  # a mean over the three is dapo's
+    np.testing.assert_array_equal(batches[0].side["old_logprobs"], batches[0].targets * 2.0)
+    assert len(lines(tmp_path / "table.jsonl")) == 8
+
+
+def test_a_rollout_has_a_sample_for_each_minibatch(tmp_path):
+    """Where dropping would leave fewer, groups that teach nothing are kept."""
+    source = make_groups(tmp_path, varied=set(), uninformative="drop", minibatches=5)
+    batches = [source.next(step(n), None) for n in range(5)]
+    assert all(b.token_weight.any() and not b.side["advantage"].any() for b in batches)
+
+
+def test_there_is_no_state_within_a_rollout(tmp_path):
+    source = make_groups(tmp_path, varied=set(range(6)), passes=2)
+    assert source.get_state() == {"drawn": 0}
+    source.next(step(0), None)
+    assert source.get_state() is None
+    source.next(step(1), None)
+    assert source.get_state() == {"drawn": 2}
 
 
 def test_a_batch_in_which_nothing_teaches_has_advantages_of_zero(tmp_path):

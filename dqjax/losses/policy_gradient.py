@@ -99,7 +99,7 @@ def policy_gradient_loss(
     if options.correction != "none" and sampled is None:
         raise ValueError(f"correction {options.correction!r} needs the sampler's values: side 'sample_logprobs'")
     if options.kl and reference is None:
-        raise ValueError(f"kl = {options.kl} needs a reference: side 'reference_logprobs', or frozen['reference']")
+        raise ValueError(f"kl = {options.kl} needs a reference: side 'reference_logprobs'")
     mask, columns = batch.token_weight != 0, batch.side["advantage"].shape[1]
     # Masked places hold anything: 0 there keeps them out of every exponential, forward and backward.
     logprob = jnp.where(mask, logprob, 0)

@@ -1,33 +1,31 @@
 """objective: grpo. Problems with a reference, into groups of the policy's own samples and the loss that weighs them."""
 
-import dataclasses
+import functools
 import logging
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from dqjax.config import ConfigError
-from dqjax.data.config import DataConfig, SourceConfig
-from dqjax.data.documents import write_rejected
-from dqjax.data.records import Record, question_key
-from dqjax.data.sources import Rejected, merge_columns, read_rows, records_in
-from dqjax.data.split import hold_out, weigh, without_questions
-from dqjax.eval.run import evaluate as sample_and_grade
-from dqjax.eval.samplers import EngineSampler
+from dqjax.data.records import Record
 from dqjax.load import Model, read_parameters
-from dqjax.objectives.groups import Groups, PolicyConfig, Question
+from dqjax.metrics import scalars
+from dqjax.objectives.graded import completion_of, numbers_of
+from dqjax.objectives.groups import Groups, PolicyConfig, Question, Values
+from dqjax.objectives.problems import read_problems
 from dqjax.objectives.setup import Evaluate, Setup, with_sample
-from dqjax.rewards.correct import Correctness
-from dqjax.rewards.mix import Mix
+from dqjax.objectives.shares import Shared
+from dqjax.rewards.mix import Mix, Sources
 from dqjax.rollout.engine import Engine, Prompt
 from dqjax.rollout.sampling import Sampling
 from dqjax.sharding import Rules
-from dqjax.steps.grpo import make_grpo_loss
+from dqjax.steps.grpo import make_fixed_logprobs, make_grpo_loss
 from dqjax.train_config import Config
-from dqjax.types import Params
+from dqjax.trainer import own_rows, placer
+from dqjax.types import Batch, Params
 
 log = logging.getLogger(__name__)
 
@@ -40,22 +38,28 @@ def grpo(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup
 
     Raises:
       ConfigError: data that cannot be used, or a reward that needs what is not there.
-      NotImplementedError: several processes.
     """
-    objective = config.objective
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"objective grpo samples and grades in one process, and there are {jax.process_count()}; run it on one host"
-        )
-    if config.train.steps is None:
+    objective, steps = config.objective, config.train.steps
+    if steps is None:
         raise ConfigError("train.steps: objective grpo needs the number of updates; it does not count epochs")
+    if steps % objective.updates:
+        raise ConfigError(
+            f"train.steps: {steps} updates are no whole number of rollouts, which feed {objective.updates} each "
+            "(objective.minibatches × objective.passes)"
+        )
     if given := [f"data.{name}" for name in NOT_HERE if name in config.data.model_fields_set]:
         raise ConfigError(f"{', '.join(given)}: nothing to objective grpo, whose answers are sampled; leave it out")
+    graded = objective.reward.correct is not None
+    if objective.best == "accuracy" and config.data.validation is not None and not graded:
+        raise ConfigError(
+            "objective.best: accuracy is not graded; set objective.reward.correct (a weight of 0 only measures) or "
+            "objective.best: reward"
+        )
 
-    train, held = read_problems(config.data, run / "quarantine.jsonl", reference=objective.reward.correct is not None)
+    train, held = read_problems(config.data, run / "quarantine.jsonl", reference=graded)
     questions = ask(train.records, model, objective, config.data.row_length)
     if len(questions) < objective.prompts:
-        raise ConfigError(f"objective.prompts: {objective.prompts} problems an update, and the data have {len(questions)}")
+        raise ConfigError(f"objective.prompts: {objective.prompts} problems a rollout, and the data have {len(questions)}")
     log.info("data: problems %d  held_out %d", len(questions), len(held) if held is not None else 0)
     mix = _make_mix(objective)
     limits = {"stop_ids": model.chat.stop_ids, "vocab": model.vocab, "max_new_tokens": objective.max_new_tokens}
@@ -72,22 +76,17 @@ def grpo(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup
         row_length=config.data.row_length,
         row_multiple=config.train.batch_rows,
         seed=config.data.seed,
-        table=run / "rollouts.jsonl",
+        table=run / "rollouts.jsonl" if jax.process_index() == 0 else None,
+        values=_fixed_values(config, model, rules),
+        local=functools.partial(own_rows, rules),
     )
-    correctness = Correctness(objective.reward.grading)
     evaluate = None
     if held is not None:
-        thinking = objective.thinking == "on"
         greedy = Engine(model.decoder, sampling=Sampling(temperature=0.0), rows=rows, **limits)
-        evaluate = measure_accuracy(greedy, model, held.records, correctness, thinking=thinking)
+        evaluate = measure_policy(greedy, model, held.records, mix, thinking=objective.thinking == "on")
         if config.train.sample_tokens:
-            prompt = model.chat.prompt_ids(held.records[0].messages, thinking=thinking)
+            prompt = model.chat.prompt_ids(held.records[0].messages, thinking=objective.thinking == "on")
             evaluate = with_sample(evaluate, model, prompt, config.train.sample_tokens, run / "samples.jsonl")
-
-    def close() -> None:
-        mix.close()
-        correctness.close()
-
     return Setup(
         trainable=model.decoder,
         initial=lambda: read_parameters(model),
@@ -95,63 +94,13 @@ def grpo(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup
             model.decoder, rules, objective.options(), temperature=objective.temperature, vocab=model.vocab
         ),
         source=source,
-        steps=config.train.steps,
+        steps=steps,
         labels={},
         evaluate=evaluate,
+        score=lambda numbers: -numbers[objective.best],
         frozen={"reference": read_parameters(model)} if objective.kl else None,
-        close=close,
+        close=mix.close,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Problems:
-    """Problems in the order of their sources.
-
-    Attributes:
-      records: conversations that end with the user's turn, one a problem.
-      source: number of the source of each.
-    """
-
-    records: Sequence[Record]
-    source: Int[np.ndarray, " N"]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    @property
-    def question(self) -> Int[np.ndarray, " N"]:
-        """A hash of each question, by which problems are held out."""
-        return np.array([question_key(record) for record in self.records], np.int64)
-
-    def take(self, numbers: Int[np.ndarray, " some"]) -> "Problems":
-        """These problems alone, in this order."""
-        return Problems([self.records[n] for n in numbers.tolist()], self.source[numbers])
-
-
-def read_problems(
-    config: DataConfig, quarantine: pathlib.Path, *, reference: bool
-) -> tuple[Problems, Problems | None]:
-    """(problems to train on, held-out problems or None) of a `data:` section; an epoch holds them by `weight` or `share`.
-
-    Args:
-      quarantine: file for unusable rows, where the config names none.
-      reference: problems need a reference answer, or tests.
-
-    Raises:
-      ConfigError: sources that cannot be read or leave no problem, or too many unusable rows.
-    """
-    path = config.quarantine or str(quarantine)
-    problems = _read(config, config.sources, path, reference=reference)
-    held, train = None, np.arange(len(problems))
-    if isinstance(config.validation, str):
-        held = _read(config, [SourceConfig(path=config.validation)], None, reference=True)
-        train = without_questions(problems, held)
-    elif config.validation is not None:
-        out, train = hold_out(problems, config.validation, config.seed)
-        held = problems.take(out)
-    if not len(train):
-        raise ConfigError("data: every problem to train on is a held-out one")
-    return problems.take(weigh(config.sources, problems.source, train, config.seed)), held
 
 
 def ask(problems: Sequence[Record], model: Model, objective: PolicyConfig, row_length: int) -> list[Question]:
@@ -174,56 +123,44 @@ def ask(problems: Sequence[Record], model: Model, objective: PolicyConfig, row_l
     return fitting
 
 
-def measure_accuracy(
-    engine: Engine, model: Model, problems: Sequence[Record], grader: Correctness, *, thinking: bool
+def measure_policy(
+    engine: Engine, model: Model, problems: Sequence[Record], mix: Mix, *, thinking: bool
 ) -> Evaluate:
-    """An evaluation: one sample of `engine` for each held-out problem."""
+    """An evaluation: the numbers of `graded` over one sample of `engine` for each held-out problem."""
+    ids = model.chat.encode([model.chat.prompt_text(p.messages, thinking=thinking) for p in problems])
+    prompts = [Prompt(tuple(prompt), seed) for seed, prompt in enumerate(ids)]
 
     def evaluate(params: Params, _frozen: object) -> tuple[dict[str, float], dict[str, str]]:
-        def generate(prompts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[Sequence[int], str]]:
-            for sample in engine.generate(params, (Prompt(tuple(ids), seed) for ids, seed in prompts)):
-                yield sample.token_ids, sample.finish_reason
-
-        graded = sample_and_grade(EngineSampler(model.chat, generate), problems, modes=(thinking,), grader=grader)
-        names = {"accuracy": "correct", "response_tokens": "tokens", "truncated": "truncated"}
-        return {name: float(np.mean([getattr(g, of) for g in graded])) for name, of in names.items()}, {}
+        samples = engine.generate(params, prompts)
+        completions = [completion_of(model.chat, p, s, thinking=thinking) for p, s in zip(problems, samples, strict=True)]
+        return scalars(numbers_of(completions, mix(completions))), {}
 
     return evaluate
 
 
 def _make_mix(objective: PolicyConfig) -> Mix:
     try:
-        return Mix(objective.reward)
+        return Mix(objective.reward, Sources(share=Shared))
     except ValueError as e:
         raise ConfigError(f"objective.{e}") from None
 
 
-def _read(config: DataConfig, sources: Sequence[SourceConfig], quarantine: str | None, *, reference: bool) -> Problems:
-    records: dict[str, Record] = {}
-    source_of, rejected, rows = [], [], 0
-    for number, source in enumerate(sources):
-        columns = merge_columns(config.columns, source.columns)
-        for raw in read_rows(source):
-            rows += 1
-            for record in records_in(raw, columns, source.label):
-                problem = record if isinstance(record, Rejected) else _problem_of(record)
-                if isinstance(problem, Rejected):
-                    rejected.append(problem)
-                elif reference and problem.answer is None and "tests" not in problem.extra:
-                    rejected.append(Rejected(raw.file, raw.line, "no reference answer, and no tests"))
-                elif problem.id not in records:  # another chain of a problem asks nothing new
-                    records[problem.id] = problem
-                    source_of.append(number)
-    write_rejected(rejected, rows, max_share=config.max_bad_share, path=quarantine)
-    if not records:
-        raise ConfigError(f"data: no problem in {', '.join(s.label for s in sources)}")
-    return Problems(list(records.values()), np.array(source_of, np.int64))
+def _fixed_values(config: Config, model: Model, rules: Rules) -> Values | None:
+    """What a rollout computes once: the log-probabilities of the policy that sampled it, where it moves before they are
+    used, and of the reference, where there is one."""
+    objective = config.objective
+    wanted = {"old_logprobs": objective.updates > 1, "reference_logprobs": objective.kl > 0}
+    if not any(wanted.values()):
+        return None
+    logprobs = make_fixed_logprobs(
+        model.decoder, rules, parts=config.train.accumulate, temperature=objective.temperature, vocab=model.vocab
+    )
+    logprobs = jax.jit(logprobs, out_shardings=rules.sharding(()))  # whole on every host, to be read there
+    place = placer(rules, config.train.batch_rows)
 
+    def values(params: Params, frozen: Any, batch: Batch) -> Mapping[str, np.ndarray]:
+        placed = place(own_rows(rules, batch))
+        by = {"old_logprobs": params, "reference_logprobs": frozen and frozen["reference"]}
+        return jax.device_get({name: logprobs(by[name], placed) for name, use in wanted.items() if use})
 
-def _problem_of(record: Record) -> Record:
-    """The problem of a row of any form: its last answer, if it has one, is taken off and serves as the reference."""
-    messages, answer = record.messages, record.answer
-    if messages[-1].role == "assistant":
-        answer = messages[-1].content if answer is None else answer
-        messages = messages[:-1]
-    return dataclasses.replace(record, id=record.problem, messages=messages, answer=answer)
+    return values

@@ -39,6 +39,7 @@ class Setup:
       steps: updates in all.
       labels: names of the entries of vector metrics, see `metrics.scalars`.
       evaluate: (parameters, frozen) → held-out numbers and texts; None where nothing is held out.
+      score: of held-out numbers; the checkpoint with the lowest is the best.
       frozen: a teacher, a reference, a LoRA base: handed to the step, never trained.
       close: stops the source's threads.
     """
@@ -50,6 +51,7 @@ class Setup:
     steps: int
     labels: Mapping[str, Sequence[str]]
     evaluate: Evaluate | None = None
+    score: Callable[[Mapping[str, float]], float | None] = lambda numbers: numbers.get("loss")
     frozen: Any = None
     close: Callable[[], None] = lambda: None
 

@@ -81,14 +81,20 @@ class MixConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """What graders need and only a command can make: models."""
+    """What graders need and only a command can make.
+
+    Attributes:
+      style: an RV/CD scorer. score: a reward model.
+      share: makes of a slow grader one that shares its work out over the processes of the job.
+    """
 
     style: StyleScorer | None = None
     score: Score | None = None
+    share: Callable[[Grader], Grader] = lambda grader: grader
 
 
 TERMS: dict[str, Callable[[MixConfig, Sources], Grader]] = {
-    "correct": lambda config, sources: Correctness(config.grading),
+    "correct": lambda config, sources: sources.share(Correctness(config.grading)),
     "format": lambda config, sources: FormatGrader(),
     "overlong": lambda config, sources: OverlongGrader(config.overlong_punishment),
     "length": lambda config, sources: LengthGrader(),

@@ -1,8 +1,9 @@
 """GRPO and its kin: the policy learns from groups of its own samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from pydantic import Field, model_validator
@@ -10,8 +11,9 @@ from pydantic import Field, model_validator
 from dqjax.config import Section
 from dqjax.losses.logprob import token_logprobs
 from dqjax.losses.policy_gradient import OBJECTIVES, Correction, Objective, PolicyOptions, policy_gradient_loss
-from dqjax.losses.reduce import Totals, mask_sequences, weigh_tokens
+from dqjax.losses.reduce import Totals, mask_sequences, totals_of, weigh_tokens
 from dqjax.sharding import Rules
+from dqjax.steps.accumulate import split_batch
 from dqjax.types import Batch, LanguageModel, Loss, Metrics, Params
 
 
@@ -81,21 +83,33 @@ class GRPOConfig(Section):
         )
 
 
-def weigh_samples(
-    batch: Batch, objective: Objective, *, max_length: int, mask_truncated: bool = False, totals: Totals | None = None
-) -> Batch:
-    """The batch with the token weights of an objective, on the host, before it is split.
+def weigh_samples(batch: Batch, objective: Objective, *, max_length: int, mask_truncated: bool = False) -> Batch:
+    """The batch of an update with the token weights of an objective, on the host, before it is split.
 
     Args:
       batch: numpy arrays; `token_weight` is not 0 on completion tokens. `side["truncated"]` `[B, S]`, 1 for samples cut
         at the limit, where `mask_truncated`.
       max_length: the longest completion allowed, for `dr_grpo`.
-      totals: of the global batch, where this is a part of it. TRL's dapo divides by the mean over a rollout's updates:
-        for that pass the counts of all its samples, divided by the updates.
+    """
+    return weigh_updates([batch], objective, max_length=max_length, mask_truncated=mask_truncated)[0]
+
+
+def weigh_updates(
+    batches: Sequence[Batch], objective: Objective, *, max_length: int, mask_truncated: bool = False
+) -> list[Batch]:
+    """`weigh_samples` for the parts of a rollout, each the batch of an update.
+
+    As in TRL, `dapo` and `cispo` divide by the mean tokens of the parts, so that a token weighs the same in each; the
+    other objectives divide by what their own part holds.
     """
     if mask_truncated:
-        batch = mask_sequences(batch, np.asarray(batch.side["truncated"]) == 1)
-    return weigh_tokens(batch, OBJECTIVES[objective][1], totals=totals, length=max_length)
+        batches = [mask_sequences(batch, np.asarray(batch.side["truncated"]) == 1) for batch in batches]
+    totals = None
+    if objective in ("dapo", "cispo"):
+        counts = [totals_of(batch) for batch in batches]
+        totals = Totals(*(sum(numbers) / len(batches) for numbers in zip(*counts, strict=True)))
+    reduction = OBJECTIVES[objective][1]
+    return [weigh_tokens(batch, reduction, totals=totals, length=max_length) for batch in batches]
 
 
 def make_grpo_loss(
@@ -110,7 +124,7 @@ def make_grpo_loss(
 
     The batch needs `side["advantage"]` `[B, S]`, token weights by `weigh_samples`, and by the target's place, `[B, T]`:
     `old_logprobs` when the policy has moved since it sampled (several updates a rollout), `sample_logprobs` to measure
-    or correct the sampler, `reference_logprobs` or else `frozen["reference"]` where the KL counts.
+    or correct the sampler, `reference_logprobs` where the KL counts.
 
     Args:
       temperature: the sampling temperature: the policy is the distribution that was sampled from.
@@ -120,9 +134,6 @@ def make_grpo_loss(
 
     def loss(params: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Float[Array, ""], Metrics]:
         logprob, entropy = logprobs(params, batch)
-        reference = batch.side.get("reference_logprobs")
-        if options.kl and reference is None and frozen is not None:
-            reference, _ = logprobs(frozen["reference"], batch)
         return policy_gradient_loss(
             logprob,
             entropy,
@@ -130,7 +141,7 @@ def make_grpo_loss(
             options,
             old=batch.side.get("old_logprobs"),
             sampled=batch.side.get("sample_logprobs"),
-            reference=reference,
+            reference=batch.side.get("reference_logprobs"),
         )
 
     return loss
@@ -139,7 +150,7 @@ def make_grpo_loss(
 def make_token_logprobs(
     model: LanguageModel, rules: Rules, *, temperature: float = 1.0, vocab: int | None = None
 ) -> Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]:
-    """A function (params, batch) → (log-probability, entropy) of the trained targets: old and reference values."""
+    """A function (params, batch) → (log-probability, entropy) of the trained targets."""
 
     def logprobs(params: Params, batch: Batch) -> tuple[Array, Array]:
         hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
@@ -147,3 +158,20 @@ def make_token_logprobs(
         return token_logprobs(hidden, table, batch.targets, mask, rules, temperature=temperature, vocab=vocab)
 
     return logprobs
+
+
+def make_fixed_logprobs(
+    model: LanguageModel, rules: Rules, *, parts: int = 1, temperature: float = 1.0, vocab: int | None = None
+) -> Callable[[Params, Batch], Float[Array, "B T"]]:
+    """A function (params, batch) → log-probability of the trained targets, without a gradient: old and reference values.
+
+    Args:
+      parts: micro-batches that the batch is taken in, as for the update.
+    """
+    logprobs = make_token_logprobs(model, rules, temperature=temperature, vocab=vocab)
+
+    def fixed(params: Params, batch: Batch) -> Array:
+        split = jax.lax.map(lambda micro: logprobs(params, micro)[0], split_batch(batch, parts))
+        return split.swapaxes(0, 1).reshape(batch.tokens.shape)
+
+    return fixed

@@ -7,8 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from dqjax.losses.reduce import Totals, totals_of
-from dqjax.steps.grpo import GRPOConfig, make_grpo_loss, make_token_logprobs, weigh_samples
+from dqjax.losses.reduce import totals_of
+from dqjax.steps.grpo import (
+    GRPOConfig,
+    make_fixed_logprobs,
+    make_grpo_loss,
+    make_token_logprobs,
+    weigh_samples,
+    weigh_updates,
+)
 from tests.steps import tiny
 
 TEMPERATURE, LONGEST = 0.7, 12
@@ -42,12 +49,17 @@ def make_samples(seed=0, count=6):
     return made
 
 
+def logprobs_of(params, ids):
+    """log π of each token at the sampling temperature; 0 for the first. [n]"""
+    at_policy, _ = tiny.torch_logprobs(tiny.torch_copy(params), ids, TEMPERATURE)
+    return np.concatenate([[0], at_policy.detach().numpy()]).astype(np.float32)
+
+
 def pack_samples(samples, params, truncated=(), row_length=32, rows=None, old=True):
     """The samples as a batch: old, sampled and reference log-probabilities are the policy's, moved a little."""
-    items, leaves = [], tiny.torch_copy(params)
+    items = []
     for i, (ids, prompt, advantage, d_old, d_sample, d_reference) in enumerate(samples):
-        at_policy, _ = tiny.torch_logprobs(leaves, ids, TEMPERATURE)
-        logp = np.concatenate([[0], at_policy.detach().numpy()]).astype(np.float32)
+        logp = logprobs_of(params, ids)
         per_token = {"sample_logprobs": logp + d_old + d_sample, "reference_logprobs": logp + d_reference}
         if old:
             per_token["old_logprobs"] = logp + d_old
@@ -56,8 +68,9 @@ def pack_samples(samples, params, truncated=(), row_length=32, rows=None, old=Tr
     return tiny.pack(items, row_length, rows)
 
 
-def trl_loss(samples, params, config: GRPOConfig, truncated=()):
-    """Value and gradients of `GRPOTrainer._compute_loss` on the same samples, padded."""
+def trl_loss(samples, params, config: GRPOConfig, truncated=(), parts=1, tokens=None):
+    """Value and gradients of `GRPOTrainer._compute_loss` on the same samples, padded: one of `parts` minibatches of a
+    rollout that has `tokens` trained tokens."""
     import torch
     from trl import GRPOTrainer
 
@@ -97,7 +110,7 @@ def trl_loss(samples, params, config: GRPOConfig, truncated=()):
         use_bias_correction_kl=config.kl_corrected,
         sapo_temperature_pos=1.0,
         sapo_temperature_neg=1.05,
-        steps_per_generation=1,
+        steps_per_generation=parts,
     )
     trainer.accelerator = types.SimpleNamespace(
         num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True
@@ -131,7 +144,7 @@ def trl_loss(samples, params, config: GRPOConfig, truncated=()):
             "old_per_token_logps": old,
             "ref_per_token_logps": reference,
             "importance_sampling_ratio": ratio,
-            "num_items_in_batch": mask.sum(),
+            "num_items_in_batch": mask.sum() if tokens is None else torch.tensor(float(tokens)),
         },
     )
     loss.backward()
@@ -180,16 +193,41 @@ def test_sampler_gap_is_the_largest_difference_over_trained_tokens():
 
 
 def test_several_updates_of_a_rollout_share_its_token_count():
-    """TRL's dapo divides by the rollout's mean tokens an update, bnpo by the update's own."""
+    """dapo divides by the rollout's mean tokens an update: together the parts are the whole; bnpo by the update's own."""
     params, samples = tiny.Bigram().init(1), make_samples(count=8)
     halves = [pack_samples(part, params) for part in (samples[:3], samples[3:])]
-    counts = [totals_of(half) for half in halves]
-    shared = Totals(sum(c.tokens for c in counts) / 2, sum(c.sequences for c in counts) / 2)
     whole = weigh_samples(pack_samples(samples, params), "dapo", max_length=LONGEST)
-    parts = [weigh_samples(half, "dapo", max_length=LONGEST, totals=shared) for half in halves]
+    parts = weigh_updates(halves, "dapo", max_length=LONGEST)
     loss = make_grpo_loss(tiny.Bigram(), tiny.one_device(), temperature=TEMPERATURE)
     grads = [tiny.value_and_grad(loss, params, batch)[0] for batch in (whole, *parts)]
     tiny.assert_trees_close(jax.tree.map(lambda a, b: (a + b) / 2, *grads[1:]), grads[0])
+    for half, part in zip(halves, weigh_updates(halves, "bnpo", max_length=LONGEST), strict=True):
+        np.testing.assert_allclose(part.token_weight.max(), 1 / totals_of(half).tokens, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo, clip-higher", "gspo", "kl", "cispo"])
+def test_two_passes_in_two_minibatches_take_trls_steps(name):
+    """Four updates by plain gradient descent from one rollout: log π_old stays that of the policy that sampled."""
+    config, before, rate = GRPOConfig(**VARIANTS[name]), tiny.Bigram().init(1), 0.5
+    samples = [(*s[:3], s[3] * 0, *s[4:]) for s in make_samples(count=8)]
+    halves = (samples[:4], samples[4:])
+    batches = weigh_updates([pack_samples(half, before) for half in halves], config.loss, max_length=LONGEST)
+    loss = make_grpo_loss(tiny.Bigram(), tiny.one_device(), config.options(), temperature=TEMPERATURE)
+    tokens = sum(len(s[0]) - s[1] for s in samples)
+    descend = lambda x, g: x - rate * g  # noqa: E731
+    ours = theirs = before
+    for k in (0, 1, 0, 1):
+        gradients, _, metrics = tiny.value_and_grad(loss, ours, batches[k])
+        ours = jax.tree.map(descend, ours, gradients)
+        drifted = [
+            (*s[:3], s[3] + drift, s[4], s[5] + drift)
+            for s in halves[k]
+            for drift in [logprobs_of(before, s[0]) - logprobs_of(theirs, s[0])]
+        ]
+        _, gradients, _ = trl_loss(drifted, theirs, config, parts=2, tokens=tokens)
+        theirs = jax.tree.map(descend, theirs, gradients)
+        tiny.assert_trees_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert metrics["ratio"].value > 1.01  # the policy has left the one that sampled
 
 
 def test_token_logprobs_are_those_of_the_sampling_temperature():
@@ -214,3 +252,12 @@ def test_token_logprobs_are_those_of_the_sampling_temperature():
 def test_settings_that_cannot_be(values, message):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(**values)
+
+
+def test_fixed_logprobs_do_not_depend_on_the_micro_batches():
+    params, samples = tiny.Bigram().init(1), make_samples()
+    batch = tiny.on_device(pack_samples(samples, params, rows=4))
+    whole, _ = make_token_logprobs(tiny.Bigram(), tiny.one_device(), temperature=TEMPERATURE)(params, batch)
+    for parts in (1, 2, 4):
+        fixed = make_fixed_logprobs(tiny.Bigram(), tiny.one_device(), parts=parts, temperature=TEMPERATURE)
+        np.testing.assert_allclose(fixed(params, batch), whole, rtol=1e-6)

@@ -70,10 +70,9 @@ CASES = {
         lambda model, rules: make_grpo_loss(model, rules, CORRECTED, temperature=0.8),
         lambda batch: weigh_samples(_per_token(batch), "grpo", max_length=LONGEST, mask_truncated=True),
     ),
-    "gspo, frozen reference": Case(
+    "gspo": Case(
         lambda model, rules: make_grpo_loss(model, rules, PolicyOptions(ratio="sequence", kl=0.1), vocab=60),
-        lambda batch: weigh_samples(batch, "dapo", max_length=LONGEST),
-        frozen=lambda params: {"reference": _moved(params)},
+        lambda batch: weigh_samples(_per_token(batch), "dapo", max_length=LONGEST),
     ),
     "reward": Case(
         lambda model, rules: make_reward_loss(
