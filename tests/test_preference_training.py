@@ -43,6 +43,26 @@ def test_the_policy_leaves_a_reference_that_stays(workspace):
     assert np.isfinite(held_out["eval/loss"]) and 0 <= held_out["eval/accuracy"] <= 1
 
 
+def test_a_cached_reference_is_the_frozen_one(workspace):
+    """The same curve without the second copy; computed once, read back on resumption, computed anew where damaged."""
+    assert run(workspace, "frozen", config=PREFERENCE) == 0
+    cached = ("objective.reference=cached", "checkpoint.every=1")
+    assert run(workspace, "cached", *cached, config=PREFERENCE) == 0
+    found, expected = curve(workspace / "cached"), curve(workspace / "frozen")
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-3)
+    (folder,) = (workspace / "cached/reference").iterdir()
+    written = (folder / "manifest-0-of-1.json").stat().st_mtime_ns
+    shutil.rmtree(workspace / "cached/checkpoints/step_00000002")
+    assert run(workspace, "cached", *cached, config=PREFERENCE) == 0
+    assert curve(workspace / "cached") == found
+    assert (folder / "manifest-0-of-1.json").stat().st_mtime_ns == written
+    (folder / "shard-000-00000.logprob.npy").write_bytes(b"damaged")
+    shutil.rmtree(workspace / "cached/checkpoints/step_00000002")
+    assert run(workspace, "cached", *cached, config=PREFERENCE) == 0
+    assert curve(workspace / "cached") == found
+
+
 def test_dpo_learns_to_prefer_the_pairs_it_sees(workspace):
     pairs = (workspace / "runs/chain_sum/data/pairs.jsonl").read_text().splitlines(keepends=True)
     (workspace / "few.jsonl").write_text("".join(pairs[:8]))

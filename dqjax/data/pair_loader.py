@@ -9,9 +9,8 @@ A pair is one item to the packer, so no micro-batch border cuts it. Order and st
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,7 @@ class PairSet:
       values: the columns asked for (`beta`, `margin`), one number a pair.
       ids: the stable id of each pair.
       sources: labels.
+      sequence_values: numbers of (chosen, rejected), `reference_logprob` for instance.
     """
 
     sequences: Sequence[tuple[np.ndarray, np.ndarray]]
@@ -52,6 +52,7 @@ class PairSet:
     values: Mapping[str, Float[np.ndarray, " P"]]
     ids: Sequence[str]
     sources: tuple[str, ...]
+    sequence_values: Mapping[str, Float[np.ndarray, "P 2"]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,6 +68,7 @@ class PairSet:
             sequences=[self.sequences[n] for n in numbers.tolist()],
             ids=[self.ids[n] for n in numbers.tolist()],
             values={name: column[numbers] for name, column in self.values.items()},
+            sequence_values={name: column[numbers] for name, column in self.sequence_values.items()},
             **{name: getattr(self, name)[numbers] for name in ("answer_start", "question", "source")},
         )
 
@@ -107,8 +109,10 @@ class PairRows:
         n = int(self.numbers[p])
         values = {"row": n, "pair_id": p, "source": int(self.pairs.source[n]), "weight": weight}
         values |= {name: float(column[n]) for name, column in self.pairs.values.items()}
-        for ids, chosen in zip(self.pairs.sequences[n], (1, 0)):
-            yield Tokens(ids, np.arange(len(ids)) >= self.pairs.answer_start[n], values | {"chosen": chosen})
+        for side, ids in enumerate(self.pairs.sequences[n]):
+            own = {name: float(column[n, side]) for name, column in self.pairs.sequence_values.items()}
+            trained = np.arange(len(ids)) >= self.pairs.answer_start[n]
+            yield Tokens(ids, trained, values | own | {"chosen": 1 - side})
 
 
 class PairLoader(Loader):
@@ -176,6 +180,7 @@ def open_pair_data(
     local_rows: Sequence[int] | None = None,
     columns: Sequence[str] = (),
     whole: bool = False,
+    sequence_values: Callable[[PairSet], Mapping[str, Float[np.ndarray, "P 2"]]] | None = None,
 ) -> PairData:
     """Reads, tokenises, splits, packs and orders the pairs that a `data:` section names.
 
@@ -185,6 +190,7 @@ def open_pair_data(
       local_rows: positions in it that this process supplies; by default all.
       columns: number columns that every row must have: `beta` (above 0), `margin` (at least 0).
       whole: sequences end as the template ends a conversation, see `closing_ids`.
+      sequence_values: what else each sequence carries, see `PairSet`.
 
     Raises:
       ConfigError: data that cannot be read, leave nothing to train on, or settings that pairs do not know.
@@ -192,7 +198,11 @@ def open_pair_data(
     _refuse_other_settings(config)
     chat = ChatFormat.of(tokenizer)
     closing = closing_ids(chat) if whole else []
-    load = functools.partial(load_pairs, chat=chat, columns=columns, closing=closing)
+
+    def load(config: DataConfig, sources: Sequence[SourceConfig]) -> tuple[PairSet, dict[str, int]]:
+        pairs, counts = load_pairs(config, sources, chat, columns, closing)
+        return dataclasses.replace(pairs, sequence_values=sequence_values(pairs) if sequence_values else {}), counts
+
     pairs, counts = load(config, config.sources)
     train, held, more = split(config, pairs, lambda config, sources: load(config, sources)[0])
     rows = PairRows.of(pairs, train, config.row_length)

@@ -1,11 +1,11 @@
-"""objective: preference. Pairs, packed, into DPO or CogPO against a frozen copy of the starting weights."""
+"""objective: preference. Pairs, packed, into DPO or CogPO against the starting weights, or what they said of each pair."""
 
 import logging
 import pathlib
 
-from dqjax.config import ConfigError
 from dqjax.data.pair_loader import open_pair_data
 from dqjax.load import Model, read_parameters
+from dqjax.objectives.reference import cached_reference
 from dqjax.objectives.setup import Setup, measure, with_sample
 from dqjax.sharding import Rules
 from dqjax.steps.preference import make_preference_loss
@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 def preference(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup:
     """Reads and packs the pairs; raises ConfigError for data that cannot be used."""
     rows, objective = config.train.batch_rows, config.objective
-    if objective.reference != "frozen":
-        raise ConfigError("objective.reference: expected frozen (a cache of reference log-probabilities is not read yet), got cached")
+    frozen = objective.reference == "frozen"
     cogpo = objective.loss == "cogpo"
     data = open_pair_data(
         config.data.model_copy(update={"quarantine": config.data.quarantine or str(run / "quarantine.jsonl")}),
@@ -27,6 +26,9 @@ def preference(config: Config, model: Model, rules: Rules, run: pathlib.Path) ->
         batch_rows=rows,
         local_rows=local_rows(rules, rows),
         columns=("beta",) if cogpo else (),
+        sequence_values=None
+        if frozen
+        else cached_reference(model, rules, run / "reference", rows=rows, row_length=config.data.row_length),
     )
     log.info("data: %s", "  ".join(f"{k} {v}" for k, v in data.counts.items()))
     sources = data.pairs.sources
@@ -36,7 +38,8 @@ def preference(config: Config, model: Model, rules: Rules, run: pathlib.Path) ->
         rules,
         beta=None if cogpo else objective.beta,
         length_normalised=objective.length_normalised,
-        reference="frozen",
+        reference=objective.reference,
+        vocab=model.vocab,
         groups={"source": len(sources)} if len(sources) > 1 else None,
     )
     evaluate = None
@@ -53,6 +56,7 @@ def preference(config: Config, model: Model, rules: Rules, run: pathlib.Path) ->
         steps=config.train.steps or data.loader.batches_of(config.train.epochs),
         labels=labels,
         evaluate=evaluate,
-        frozen={"reference": read_parameters(model)},  # read apart: the trained copy is donated to the first step
+        # read apart: the trained copy is donated to the first step
+        frozen={"reference": read_parameters(model, dtype=model.decoder.dtype)} if frozen else None,
         close=data.loader.close,
     )

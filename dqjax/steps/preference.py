@@ -25,8 +25,8 @@ class PreferenceConfig(Section):
       paper family's [S, E]); `dpo` uses `beta` for all.
     beta: of `dpo`; 0.1 [S].
     length_normalised: divide each log-ratio by its completion's tokens (Tülu 3's form; β 5 there) [D: off].
-    reference: `cached` reads `reference_logprob` of each sequence, computed once; `frozen` keeps a second copy of the
-      starting weights on the mesh [D].
+    reference: `frozen` keeps a second copy of the starting weights on the mesh; `cached` computes what they say of each
+      pair once, before training, and keeps it in RUN/reference by sample id: less memory and a quarter less work [D].
     """
 
     kind: Literal["preference"] = "preference"
