@@ -1,4 +1,4 @@
-"""Worked chains for reasoning-gym's `chain_sum`, in three styles.
+"""Worked chains for reasoning-gym's `chain_sum`, in four styles.
 
 `columns` works in digits, least significant first, so that a tiny model needs nothing it cannot look up in the line::
 
@@ -16,16 +16,18 @@
 
 The result is the last column's sum, then the last digits of the others from right to left, without leading zeros.
 
-`running` keeps the running totals alone (`41 - 54 = -13`), `answer` has no chain.
+`checked` is `columns` with every line written a second time: as right, and twice as long. `running` keeps the running
+totals alone (`41 - 54 = -13`), `answer` has no chain.
 
-`write_mistaken_chain` writes columns with one wrong digit, from which everything behind it follows.
+`write_mistaken_chain` writes columns with wrong digits, from which everything behind them follows.
 """
 
 import random
 import re
+from collections.abc import Mapping
 from typing import Literal
 
-Style = Literal["columns", "running", "answer"]
+Style = Literal["columns", "checked", "running", "answer"]
 
 _EXPRESSION = re.compile(r"-?\d+(?: [+-] -?\d+)*")
 
@@ -44,9 +46,9 @@ def write_chain(expression: str, answer: str, style: Style) -> str | None:
     lines = []
     for op, term in rest:
         head, signed = f"{total} {op} {term}", term if op == "+" else -term
-        if style == "columns":
+        if style in ("columns", "checked"):
             work, result = _columns(total, signed)
-            lines.append(f"{head}: {work} | {result}")
+            lines += [f"{head}: {work} | {result}"] * (1 if style == "columns" else 2)
         else:
             result = total + signed
             lines.append(f"{head} = {result}")
@@ -56,11 +58,14 @@ def write_chain(expression: str, answer: str, style: Style) -> str | None:
     return None if style == "answer" else "\n".join(lines)
 
 
-def write_mistaken_chain(expression: str) -> tuple[str, str]:
-    """(chain, answer) in the style `columns` with one wrong digit, drawn by the expression; the answer is wrong too.
+def write_mistaken_chain(expression: str, more: float = 0.0) -> tuple[str, str]:
+    """(chain, answer) in the style `columns` with one wrong digit at least, drawn by the expression.
 
-    The digit is the last one of a column's result; carries stay, and all that follows is computed from the wrong total,
-    so that only the arithmetic of that column gives it away.
+    A wrong digit is the last one of a column's result; carries stay, and all that follows is computed from the wrong total,
+    so that only the arithmetic of its column gives it away. With one of them the answer is wrong for certain.
+
+    Args:
+      more: chance of every other column to be wrong too.
 
     Raises:
       ValueError: not an expression that `write_chain` takes, or one without an operation.
@@ -73,8 +78,9 @@ def write_mistaken_chain(expression: str) -> tuple[str, str]:
     for i, (op, term) in enumerate(rest):
         signed = term if op == "+" else -term
         width = max(len(str(abs(total))), len(str(abs(term))))
-        slip = (rng.randrange(width), rng.randint(1, 9)) if i == wrong_line else None
-        work, result = _columns(total, signed, slip)
+        slips = {rng.randrange(width)} if i == wrong_line else set()
+        slips |= {column for column in range(width) if rng.random() < more}
+        work, result = _columns(total, signed, {column: rng.randint(1, 9) for column in sorted(slips)})
         lines.append(f"{total} {op} {term}: {work} | {result}")
         total = result
     return "\n".join(lines), str(total)
@@ -88,10 +94,10 @@ def _terms(expression: str) -> tuple[int, list[tuple[str, int]]]:
     return int(first), list(zip(rest[::2], map(int, rest[1::2])))
 
 
-def _columns(a: int, b: int, slip: tuple[int, int] | None = None) -> tuple[str, int]:
+def _columns(a: int, b: int, slips: Mapping[int, int] = {}) -> tuple[str, int]:
     """The work of a + b, and the result as it is read off the columns (never computed otherwise).
 
-    slip: (column, 1 … 9): the last digit of that column's result is off by so much, modulo 10.
+    slips: column → 1 … 9: the last digit of that column's result is off by so much, modulo 10.
     """
     same_sign = (a < 0) == (b < 0) or not a or not b
     x, y = (abs(a), abs(b)) if same_sign else sorted((abs(a), abs(b)), reverse=True)
@@ -100,13 +106,13 @@ def _columns(a: int, b: int, slip: tuple[int, int] | None = None) -> tuple[str, 
     for i in range(width):
         dx, dy = x // 10**i % 10, y // 10**i % 10
         if same_sign:
-            value = _slipped(dx + dy + carry, slip, i)
+            value = _slipped(dx + dy + carry, slips.get(i, 0))
             columns.append(f"{dx}+{dy}+{carry}={value}")
             digits.append(value if i == width - 1 else value % 10)
             carry = value // 10
         else:
             borrow = dx < dy + carry
-            value = _slipped(dx + 10 * borrow - dy - carry, slip, i)
+            value = _slipped(dx + 10 * borrow - dy - carry, slips.get(i, 0))
             columns.append(f"{dx + 10 * borrow}-{dy}-{carry}={value}")
             digits.append(value)
             carry = int(borrow)
@@ -115,5 +121,5 @@ def _columns(a: int, b: int, slip: tuple[int, int] | None = None) -> tuple[str, 
     return f"{task}: {' '.join(columns)}", -magnitude if negative else magnitude
 
 
-def _slipped(value: int, slip: tuple[int, int] | None, column: int) -> int:
-    return value if slip is None or slip[0] != column else value // 10 * 10 + (value + slip[1]) % 10
+def _slipped(value: int, slip: int) -> int:
+    return value // 10 * 10 + (value + slip) % 10

@@ -51,7 +51,8 @@ class CollectConfig(Section):
     decontaminate: remove problems that are in a benchmark.
     workers: processes for these two; by default the machine's cores, at most 16.
     chain_styles: for `chain_sum` problems, one training and validation file for each of these: the styles of
-      `dqjax.data.chains`, `mistaken` (columns with one wrong digit), or `pairs` (columns preferred to mistaken ones).
+      `dqjax.data.chains`, `mistaken` (columns with a wrong digit), or `pairs` (columns preferred to mistaken ones).
+    more_mistakes: in mistaken chains, the chance of every other column to be wrong too.
     seed: of the draw of held-out problems.
     max_bad_share: the command fails when more of the rows than this are unusable.
     """
@@ -65,7 +66,8 @@ class CollectConfig(Section):
     near_duplicates: NearConfig | None = None
     decontaminate: DecontaminateConfig | None = None
     workers: int | None = pydantic.Field(None, ge=1)
-    chain_styles: tuple[Literal["columns", "running", "answer", "mistaken", "pairs"], ...] = ()
+    chain_styles: tuple[Literal["columns", "checked", "running", "answer", "mistaken", "pairs"], ...] = ()
+    more_mistakes: float = pydantic.Field(0.0, ge=0, le=1)
     seed: int = 0
     max_bad_share: float = pydantic.Field(0.01, ge=0, le=1)
 
@@ -119,7 +121,7 @@ def collect(config: CollectConfig) -> dict[str, int]:
             if split and repeat:
                 counts["duplicates"] += 1
             elif split:
-                for name, row in _rows(record, _SPLITS[split], config.chain_styles):
+                for name, row in _rows(record, _SPLITS[split], config):
                     files.write(name, row)
     return dict(counts) | files.rows
 
@@ -166,33 +168,32 @@ def _removal(record: Record, why: Removed) -> dict[str, Any]:
     return {"id": record.id, "source": record.source, "question": record.question, **dataclasses.asdict(why)}
 
 
-def _rows(record: Record, split: str, styles: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(record: Record, split: str, config: CollectConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file name, row) for each file that gets the record."""
     if split == "test" and record.answer is not None:
         prompt = tuple(m for m in record.messages if m.role != "assistant")
         yield "test.jsonl", dataclasses.replace(record, messages=prompt).to_row()
-    elif styles and split != "test":
-        for style in styles:
-            yield f"{split}_{style}.jsonl", _in_style(record, style).to_row()
+    elif config.chain_styles and split != "test":
+        for style in config.chain_styles:
+            yield f"{split}_{style}.jsonl", _in_style(record, style, config.more_mistakes).to_row()
     else:
         yield f"{split}.jsonl", record.to_row()
 
 
-def _in_style(record: Record, style: str) -> Record:
+def _in_style(record: Record, style: str, more_mistakes: float) -> Record:
     """The `chain_sum` problem with a chain behind it, or a pair of them."""
     expression = record.extra["metadata"]["expression"]
-    if style == "mistaken":
-        return dataclasses.replace(record, messages=(*record.messages, _mistaken(expression)))
+
+    def right(style: str) -> Message:
+        return Message("assistant", record.answer, write_chain(expression, record.answer, style))
+
+    def wrong() -> Message:
+        chain, answer = write_mistaken_chain(expression, more_mistakes)
+        return Message("assistant", answer, chain)
+
     if style == "pairs":
-        right = Message("assistant", record.answer, write_chain(expression, record.answer, "columns"))
-        return dataclasses.replace(record, chosen=right, rejected=_mistaken(expression))
-    right = Message("assistant", record.answer, write_chain(expression, record.answer, style))
-    return dataclasses.replace(record, messages=(*record.messages, right))
-
-
-def _mistaken(expression: str) -> Message:
-    chain, answer = write_mistaken_chain(expression)
-    return Message("assistant", answer, chain)
+        return dataclasses.replace(record, chosen=right("columns"), rejected=wrong())
+    return dataclasses.replace(record, messages=(*record.messages, wrong() if style == "mistaken" else right(style)))
 
 
 class _Files(contextlib.AbstractContextManager):

@@ -23,9 +23,11 @@ def test_columns_by_hand():
 def test_other_styles():
     assert write_chain("41 - 54 + 9", "-4", "running") == "41 - 54 = -13\n-13 + 9 = -4"
     assert write_chain("41 - 54 + 9", "-4", "answer") is None
+    first, second = write_chain("41 - 54 + 9", "-4", "columns").splitlines()
+    assert write_chain("41 - 54 + 9", "-4", "checked").splitlines() == [first, first, second, second]
 
 
-@pytest.mark.parametrize("style", ["columns", "running", "answer"])
+@pytest.mark.parametrize("style", ["columns", "checked", "running", "answer"])
 def test_a_chain_that_ends_elsewhere_is_refused(style):
     with pytest.raises(ValueError, match="ends in -4, reasoning-gym says 5"):
         write_chain("41 - 54 + 9", "5", style)
