@@ -62,7 +62,7 @@ def write_mistaken_chain(expression: str, more: float = 0.0) -> tuple[str, str]:
     """(chain, answer) in the style `columns` with one wrong digit at least, drawn by the expression.
 
     A wrong digit is the last one of a column's result; carries stay, and all that follows is computed from the wrong total,
-    so that only the arithmetic of its column gives it away. With one of them the answer is wrong for certain.
+    so that only the arithmetic of its column gives it away. Where several would cancel out, there is only one.
 
     Args:
       more: chance of every other column to be wrong too.
@@ -74,6 +74,7 @@ def write_mistaken_chain(expression: str, more: float = 0.0) -> tuple[str, str]:
     if not rest:
         raise ValueError(f"expected two terms or more, got {expression!r}")
     rng = random.Random(expression)
+    right = total + sum(term if op == "+" else -term for op, term in rest)
     wrong_line, lines = rng.randrange(len(rest)), []
     for i, (op, term) in enumerate(rest):
         signed = term if op == "+" else -term
@@ -83,7 +84,7 @@ def write_mistaken_chain(expression: str, more: float = 0.0) -> tuple[str, str]:
         work, result = _columns(total, signed, {column: rng.randint(1, 9) for column in sorted(slips)})
         lines.append(f"{total} {op} {term}: {work} | {result}")
         total = result
-    return "\n".join(lines), str(total)
+    return write_mistaken_chain(expression) if total == right else ("\n".join(lines), str(total))
 
 
 def _terms(expression: str) -> tuple[int, list[tuple[str, int]]]:

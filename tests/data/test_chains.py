@@ -103,6 +103,14 @@ def test_a_mistaken_chain_has_one_wrong_digit_and_is_right_again_from_there(term
     assert chain.endswith(f"| {answer}")
 
 
+@hypothesis.given(st.lists(st.integers(0, 99), min_size=2, max_size=5))
+def test_more_mistakes_still_end_in_a_wrong_answer(terms):
+    expression = " + ".join(map(str, terms))
+    chain, answer = write_mistaken_chain(expression, more=1.0)
+    assert answer != str(sum(terms)) and chain.endswith(f"| {answer}")
+    assert not all(map(passes, chain.splitlines()))
+
+
 def passes(line):
     try:
         check_line(line)
