@@ -43,6 +43,7 @@ def write(
     cache_layer: Float[Array, "B S K H"], new: Float[Array, "B T K H"], positions: Int[Array, "B T"], valid: Bool[Array, "B T"]
 ) -> Float[Array, "B S K H"]:
     """Puts the T new entries into their slots (slot = position); entries that are not valid are dropped."""
-    slots = jnp.where(valid, positions, cache_layer.shape[1])
+    outside = cache_layer.shape[1] + jnp.arange(new.shape[1])  # no two alike, so that no write waits for another
+    slots = jnp.where(valid, positions, outside)
     rows = jnp.arange(cache_layer.shape[0])[:, None]
-    return cache_layer.at[rows, slots].set(new.astype(cache_layer.dtype), mode="drop")
+    return cache_layer.at[rows, slots].set(new.astype(cache_layer.dtype), mode="drop", unique_indices=True)

@@ -1,4 +1,6 @@
 import dataclasses
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,10 @@ import pytest
 
 from dqjax.models.config import SIZES
 from dqjax.models.decoder import Decoder
+from dqjax.rollout import engine as engine_module
 from dqjax.rollout.engine import Engine, Prompt
 from dqjax.rollout.sampling import Sampling
+from dqjax.rollout.stops import StopStrings
 from dqjax.sharding import Rules, make_mesh
 
 CONFIG = dataclasses.replace(SIZES["miniature"], vocab_size=64, num_layers=2, hidden_size=32, mlp_size=48, head_dim=16)
@@ -98,3 +102,162 @@ def test_bad_requests(model):
         engine(decoder, stop_ids=[])
     with pytest.raises(ValueError, match="3 sequences do not divide over 8 batch shards"):
         engine(Decoder(CONFIG, Rules(make_mesh(fsdp=8))), rows=3)
+
+
+def ids_of(samples):
+    return [s.token_ids for s in samples]
+
+
+def test_greedy_equals_transformers(tiny, load):
+    """Token for token, in float32, prompts of 1 to 70 tokens in two slots."""
+    torch = pytest.importorskip("torch")
+    theirs, folder = tiny("qwen3", tied=False)
+    decoder, params = load(folder)
+    greedy = engine(decoder, sampling=Sampling(temperature=0), stop_ids=[160], vocab=160)
+    for prompt, sample in zip(PROMPTS, greedy.generate(params, PROMPTS), strict=True):
+        with torch.no_grad():
+            out = theirs.generate(torch.tensor([prompt.token_ids]), do_sample=False, max_new_tokens=24, eos_token_id=None)
+        assert sample.token_ids == tuple(out[0, len(prompt.token_ids) :].tolist())
+
+
+@pytest.fixture
+def compiled():
+    """Names of the programs compiled so far."""
+    names = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            if found := re.search(r"Finished XLA compilation of (\S+)", record.getMessage()):
+                names.append(found[1])
+
+    listener, logger = Listener(), logging.getLogger("jax")
+    logger.addHandler(listener)
+    with jax.log_compiles(True):
+        yield names
+    logger.removeHandler(listener)
+
+
+def test_nothing_recompiles_after_the_first_call(model, compiled):
+    """Other prompts, other lengths, other numbers of them, groups, budgets, other parameters: the same programs."""
+    decoder, params = model
+    e, later = engine(decoder, rows=4, think_end=[5, 6]), jax.tree.map(jnp.array, params)
+    list(e.generate(params, [Prompt(tuple(range(60)) * 2, 0)]))
+    assert {"jit(prefill)", "jit(admit)", "jit(decode)"} <= set(compiled)
+    compiled.clear()
+    list(e.generate(params, PROMPTS))
+    list(e.generate(later, [Prompt((1, 2), 3)]))
+    list(e.generate(params, [Prompt((7,) * n, i, thinking_budget=i) for i, n in enumerate((1, 9, 9, 9, 9, 128, 64, 65, 2))]))
+    assert compiled == []
+    list(e.generate(params, [Prompt((1,) * 200, 0)]))  # outgrows the cache
+    assert "jit(decode)" in compiled
+
+
+def test_a_long_prompt_among_short_ones(model):
+    """It waits for a larger cache; nothing before or after it changes."""
+    decoder, params = model
+    long = Prompt(tuple(i % 61 for i in range(150)), 77)
+    mixed = [*PROMPTS[:3], long, *PROMPTS[3:]]
+    (alone,) = ids_of(engine(decoder).generate(params, [long]))
+    expected = ids_of(engine(decoder).generate(params, PROMPTS))
+    assert ids_of(engine(decoder, rows=1).generate(params, mixed)) == [*expected[:3], alone, *expected[3:]]
+
+
+def test_a_group_is_prefilled_once(model, monkeypatch):
+    """Eight samples of one prompt, three of another: as many prefills of each as a single sample takes."""
+    decoder, params = model
+    lanes, lane = [], engine_module._Lane
+    monkeypatch.setattr(engine_module, "_Lane", lambda *given: lanes.append(lane(*given)) or lanes[-1])
+    group = [Prompt((1, 2, 3), i) for i in range(8)] + [Prompt((4, 5), i) for i in range(3)]
+    samples = list(engine(decoder, rows=4).generate(params, group))
+    assert len(lanes) == 2
+    assert [len({s.token_ids for s in part}) for part in (samples[:8], samples[8:])] == [8, 3]
+    alone = [next(engine(decoder, rows=4).generate(params, [p])) for p in group[6:10]]
+    assert ids_of(alone) == ids_of(samples[6:10])
+
+
+def test_a_finished_slot_is_refilled_at_once(model):
+    """Samples of very unlike lengths in two slots take little more calls than their tokens need."""
+    decoder, params = model
+    e = engine(decoder, rows=2, stop_ids=[18], max_new_tokens=64)
+    calls, decode = [], e.decode
+    e.decode = lambda *given: calls.append(1) or decode(*given)
+    lengths = [len(s.token_ids) for s in e.generate(params, [Prompt((1, 2, 3), seed) for seed in range(30)])]
+    assert min(lengths) < 5 and max(lengths) == 64
+    in_order = sum(max(lengths[i : i + 2]) for i in range(0, 30, 2))  # a static batch of two
+    assert len(calls) * 16 < in_order + 15 * 8
+    needed = sum(-(-n // 16) for n in lengths)
+    assert len(calls) <= needed // 2 + 4
+
+
+def test_the_cache_fits_its_budget(model):
+    decoder, params = model
+    position = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, size, bytes
+    for slots in (1, 3):
+        layout = engine(decoder, rows=8, cache_bytes=position * (slots * 128 + 64)).layout(20)
+        assert (layout.slots, layout.lanes, layout.capacity, layout.room) == (slots, 1, 128, 64)
+    small = engine(decoder, rows=8, cache_bytes=position * (3 * 128 + 64))
+    assert ids_of(small.generate(params, PROMPTS[:4])) == ids_of(engine(decoder).generate(params, PROMPTS[:4]))
+    with pytest.raises(ValueError, match="takes 0.00 GiB a device, and its budget is 0.00 GiB"):
+        list(engine(decoder, cache_bytes=position).generate(params, PROMPTS))
+
+
+def test_a_thinking_budget_ends_thinking(model):
+    """At the budget the closing tag follows, token by token; one that closed by itself is left alone."""
+    decoder, params = model
+    forced = engine(decoder, rows=3, think_end=[5, 6], sampling=Sampling(temperature=0.8))
+    free = ids_of(engine(decoder, rows=3, sampling=Sampling(temperature=0.8)).generate(params, PROMPTS))
+    budgets = [7, None, 0, 23, 24, 7]
+    samples = list(forced.generate(params, [dataclasses.replace(p, thinking_budget=b) for p, b in zip(PROMPTS, budgets)]))
+    for sample, without, budget in zip(samples, free, budgets):
+        if budget is None or budget >= 24:
+            assert sample.token_ids == without and not sample.forced
+            continue
+        assert sample.token_ids[:budget] == without[:budget]
+        assert sample.token_ids[budget : budget + 2] == (5, 6)[: 24 - budget]
+        assert sample.forced == range(budget, min(budget + 2, 24))
+    hidden = forward(decoder, params, PROMPTS[0].token_ids + samples[0].token_ids)
+    logprobs = jax.nn.log_softmax((hidden @ decoder.output_table(params).T)[:, :61] / 0.8)
+    expected = logprobs[jnp.arange(2, 26), jnp.array(samples[0].token_ids)]
+    np.testing.assert_allclose(samples[0].logprobs, expected, atol=1e-4)
+
+
+def test_thinking_that_has_ended_is_not_ended_again(model):
+    decoder, params = model
+    prompts = [Prompt((1, 2, 3), seed, thinking_budget=12) for seed in range(60)]
+    plain = ids_of(engine(decoder, rows=8, sampling=Sampling(temperature=2.0)).generate(params, prompts_without(prompts)))
+    tag = plain[0][3:5]
+    samples = list(engine(decoder, rows=8, sampling=Sampling(temperature=2.0), think_end=tag).generate(params, prompts))
+    assert samples[0].token_ids == plain[0] and not samples[0].forced
+    assert sum(bool(s.forced) for s in samples) > 40
+
+
+def prompts_without(prompts):
+    return [dataclasses.replace(p, thinking_budget=None) for p in prompts]
+
+
+def test_stop_strings_cut_at_the_token_that_completes_them(model):
+    """Ids spell text in which the string may begin and end inside a token."""
+    decoder, params = model
+    spell = lambda ids: "".join(f"<{i}>" for i in ids)  # noqa: E731
+    prompts = [Prompt((1, 2, 3), seed) for seed in range(20)]
+    free = list(engine(decoder, rows=4).generate(params, prompts))
+    stops = StopStrings(("8><", "><3>"), spell)
+    samples = list(engine(decoder, rows=4, stop_strings=stops).generate(params, prompts))
+    assert {s.stop_string for s in samples} == {"8><", "><3>", None}
+    for sample, whole in zip(samples, free, strict=True):
+        n = len(sample.token_ids)
+        assert sample.token_ids == whole.token_ids[:n] and sample.logprobs == whole.logprobs[:n]
+        text = spell(sample.token_ids)
+        if sample.stop_string:
+            assert sample.finish_reason == "stop" and sample.stop_string in text
+            assert not any(s in spell(sample.token_ids[:-1]) for s in stops.strings)
+        else:
+            assert n == len(whole.token_ids) and not any(s in text for s in stops.strings)
+
+
+def test_settings_that_cannot_be(model):
+    decoder, params = model
+    with pytest.raises(ValueError, match="no think_end to force"):
+        list(engine(decoder).generate(params, [Prompt((1,), 0, thinking_budget=3)]))
+    with pytest.raises(ValueError, match="none of them empty"):
+        StopStrings(("", "x"), str)
