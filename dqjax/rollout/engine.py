@@ -20,9 +20,9 @@ import numpy as np
 from dqjax.models.cache import Cache, make_cache
 from dqjax.models.decoder import Decoder
 from dqjax.rollout.layout import Layout, plan_layout
-from dqjax.rollout.programs import NO_BUDGET, NOTHING, Admission, Decoding, Made, Slots, admit, decode, make_slots, prefill
+from dqjax.rollout.programs import NEVER, NOTHING, Admission, Decoding, Made, Slots, admit, decode, make_slots, prefill
 from dqjax.rollout.sampling import Sampling
-from dqjax.rollout.stops import StopStrings
+from dqjax.rollout.stops import StopStrings, ThinkingEnd
 from dqjax.types import Params
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Prompt:
     Attributes:
       token_ids: the prompt; prompts that follow each other and are equal are prefilled once.
       seed: of the sample (distinct prompts and samples want distinct ones).
-      thinking_budget: tokens after which thinking that has not ended is ended by force; None: never.
+      thinking_budget: new tokens after which thinking that has not ended is ended by force; None: never.
     """
 
     token_ids: tuple[int, ...]
@@ -74,7 +74,7 @@ class Engine:
       rows: sequences decoded together, a multiple of the mesh's batch shards.
       max_new_tokens: the limit of every sample.
       seed: of all samples; each has its own besides.
-      think_end: token ids that end thinking (`</think>`), for prompts with a budget.
+      thinking_end: ends thinking, for prompts with a budget.
       stop_strings: end a sample besides `stop_ids`; looked for between calls.
       cache_bytes: memory of a device for the key-value cache; fewer rows are decoded together where `rows` do not fit.
 
@@ -92,7 +92,7 @@ class Engine:
         rows: int,
         max_new_tokens: int,
         seed: int = 0,
-        think_end: Sequence[int] = (),
+        thinking_end: ThinkingEnd | None = None,
         stop_strings: StopStrings | None = None,
         cache_bytes: int | None = None,
     ):
@@ -102,22 +102,23 @@ class Engine:
         if rows % rules.batch_shards:
             raise ValueError(f"rows: {rows} sequences do not divide over {rules.batch_shards} batch shards of the mesh")
         steps = min(STEPS, max_new_tokens)
-        self.decoder, self.stop_strings = decoder, stop_strings
-        self.fixed = Decoding(sampling, tuple(stop_ids), tuple(think_end), vocab, max_new_tokens, steps, seed)
+        self.decoder, self.stop_strings, self.thinking_end, self.limit = decoder, stop_strings, thinking_end, max_new_tokens
+        closing = thinking_end.token_ids if thinking_end else ()
+        self.fixed = Decoding(sampling, tuple(stop_ids), closing, vocab, steps, seed)
         self.rows, self._cache_bytes, self._longest = rows, cache_bytes, 1
         heads = (decoder.config.num_kv_heads, decoder.config.head_dim)
         layer = rules.sharding(("batch", None, "kv_heads", None), (rules.batch_shards, 1, *heads))
         row, whole = rules.sharding(("batch",)), rules.sharding(())
         layers = (layer,) * decoder.config.num_layers
         cache = Cache(layers, layers, row)
-        slots = Slots(cache, row, row, row, row, row, row)
+        slots = Slots(cache, row, row, row)
         self.unstack = jax.jit(decoder.unstack, out_shardings=decoder.unstacked_shardings())
         self.prefill = jax.jit(functools.partial(prefill, decoder), donate_argnums=1, out_shardings=cache)
         self.admit = jax.jit(admit, donate_argnums=0, out_shardings=slots)
         self.decode = jax.jit(
             functools.partial(decode, decoder, self.fixed),
             donate_argnums=1,
-            out_shardings=(slots, Made(whole, whole, whole)),  # whole on every host, to be read there
+            out_shardings=(slots, Made(whole, whole)),  # whole on every host, to be read there
         )
 
     def generate(self, params: Params, prompts: Iterable[Prompt]) -> Iterator[Sample]:
@@ -126,14 +127,14 @@ class Engine:
         Prompts are read ahead, up to as many as are decoded together. All hosts give the same ones.
 
         Raises:
-          ValueError: an empty prompt, a thinking budget without `think_end`, or a prompt that no cache within the budget holds.
+          ValueError: an empty prompt, a thinking budget without `thinking_end`, or a prompt that no cache within the budget holds.
         """
         return _Run(self, self.unstack(params), map(self._checked, prompts)).samples()
 
     def layout(self, prompt_tokens: int) -> Layout:
         """The shapes for prompts up to `prompt_tokens`, never smaller than before: shorter prompts compile nothing."""
         self._longest = max(self._longest, prompt_tokens)
-        lengths = {"prompt_tokens": self._longest, "max_new_tokens": self.fixed.limit}
+        lengths = {"prompt_tokens": self._longest, "max_new_tokens": self.limit}
         config, rules = self.decoder.config, self.decoder.rules
         layout = plan_layout(
             config, rules, self.decoder.dtype, rows=self.rows, cache_bytes=self._cache_bytes, **lengths
@@ -144,8 +145,8 @@ class Engine:
     def _checked(self, prompt: Prompt) -> Prompt:
         if not prompt.token_ids:
             raise ValueError("an empty prompt: there is no token to continue")
-        if prompt.thinking_budget is not None and not self.fixed.think_end:
-            raise ValueError("thinking_budget: this engine has no think_end to force; give it the ids of </think>")
+        if prompt.thinking_budget is not None and self.thinking_end is None:
+            raise ValueError("thinking_budget: this engine does not know how thinking ends; give it a thinking_end")
         return prompt
 
 
@@ -165,17 +166,28 @@ class _Lane:
 
 @dataclasses.dataclass
 class _Answer:
-    """A sample in a slot."""
+    """A sample in a slot; `force_at` is decided once it has as many tokens as its thinking may."""
 
     number: int
+    budget: int | None
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    forced: list[int] = dataclasses.field(default_factory=list)
+    force_at: int | None = None
 
-    def sample(self, length: int, finish_reason: Literal["stop", "length"], stop_string: str | None) -> Sample:
-        forced = [i for i in self.forced if i < length]
-        places = range(forced[0], forced[-1] + 1) if forced else range(0)
-        return Sample(tuple(self.token_ids[:length]), tuple(self.logprobs[:length]), finish_reason, stop_string, places)
+    def bounds(self, limit: int, end: ThinkingEnd | None) -> tuple[int, int]:
+        """(stop_at, force_at) of the next call: at its budget a sample pauses, so that its text can be looked at."""
+        if self.budget is None:
+            return limit, NEVER
+        if len(self.token_ids) < self.budget:
+            return min(self.budget, limit), NEVER
+        if self.force_at is None:
+            self.force_at = NEVER if end.ended(self.token_ids) else self.budget
+        return limit, self.force_at
+
+    def sample(self, length: int, finish_reason: Literal["stop", "length"], stop: str | None, closing: int) -> Sample:
+        start = length if self.force_at is None else min(self.force_at, length)
+        ids, logprobs = tuple(self.token_ids[:length]), tuple(self.logprobs[:length])
+        return Sample(ids, logprobs, finish_reason, stop, range(start, min(start + closing, length)))
 
 
 class _Run:
@@ -243,10 +255,10 @@ class _Run:
             self._queue.append(_Lane(group[0], collections.deque(group[1])))
 
     def _allocate(self, prompt_tokens: int) -> None:
-        decoder, fixed = self._engine.decoder, self._engine.fixed
+        decoder = self._engine.decoder
         self._slots = self._prefilled = None  # before there are two
         layout = self._layout = self._engine.layout(prompt_tokens)
-        self._slots = make_slots(decoder, slots=layout.slots, capacity=layout.capacity, tag=len(fixed.think_end))
+        self._slots = make_slots(decoder, slots=layout.slots, capacity=layout.capacity)
         self._prefilled = make_cache(
             decoder.config, decoder.rules, rows=layout.lanes, capacity=layout.room, dtype=decoder.dtype
         )
@@ -265,45 +277,41 @@ class _Run:
         """Starts as many samples of prefilled lanes as there are free slots and entries of an admission."""
         size = self._layout.lanes
         slot = np.arange(self._layout.slots, self._layout.slots + size, dtype=np.int32)
-        entry = Admission(slot, *(np.zeros(size, np.int32) for _ in range(5)))._replace(seed=np.zeros(size, np.uint32))
+        entry = Admission(slot, *(np.zeros(size, np.int32) for _ in range(4)))._replace(seed=np.zeros(size, np.uint32))
         ready = [i for i, lane in self._lanes.items() if lane.left == 0]
         waiting = ((i, self._lanes[i]) for i in ready for _ in range(len(self._lanes[i].waiting)))
         for k, (slot, (i, lane)) in enumerate(zip(free[:size], waiting)):
             number, prompt = lane.waiting.popleft()
-            budget = NO_BUDGET if prompt.thinking_budget is None else prompt.thinking_budget
-            values = (slot, i, len(lane.token_ids) - 1, lane.token_ids[-1], prompt.seed & 0xFFFFFFFF, budget)
+            values = (slot, i, len(lane.token_ids) - 1, lane.token_ids[-1], prompt.seed & 0xFFFFFFFF)
             for array, value in zip(entry, values):
                 array[k] = value
-            self._answers[slot] = _Answer(number)
+            self._answers[slot] = _Answer(number, prompt.thinking_budget)
             if not lane.waiting:
                 del self._lanes[i]
         self._slots = self._engine.admit(self._slots, self._prefilled, entry)
 
     def _decode(self) -> None:
-        active = np.zeros(self._layout.slots, bool)
-        active[list(self._answers)] = True
-        self._slots, made = self._engine.decode(self._params, self._slots, active)
+        engine = self._engine
+        stop_at, force_at = np.zeros(self._layout.slots, np.int32), np.full(self._layout.slots, NEVER, np.int32)
+        for slot, answer in self._answers.items():
+            stop_at[slot], force_at[slot] = answer.bounds(engine.limit, engine.thinking_end)
+        self._slots, made = engine.decode(self._params, self._slots, stop_at, force_at)
         made = jax.device_get(made)
         counts = (made.tokens != NOTHING).sum(axis=0).tolist()
         for slot, answer in list(self._answers.items()):
-            self._extend(answer, made, slot, counts[slot])
-            if sample := self._ended(answer, counts[slot]):
+            new = counts[slot]
+            answer.token_ids += made.tokens[:new, slot].tolist()
+            answer.logprobs += made.logprobs[:new, slot].tolist()
+            if sample := self._ended(answer, new):
                 self._finished[answer.number] = sample
                 del self._answers[slot]
 
-    def _extend(self, answer: _Answer, made: Made, slot: int, new: int) -> None:
-        before = len(answer.token_ids)
-        answer.token_ids += made.tokens[:new, slot].tolist()
-        answer.logprobs += made.logprobs[:new, slot].tolist()
-        if self._engine.fixed.think_end:
-            answer.forced += (before + np.flatnonzero(made.forced[:new, slot])).tolist()
-
     def _ended(self, answer: _Answer, new: int) -> Sample | None:
         """The sample, if its last `new` tokens end it."""
-        fixed, strings = self._engine.fixed, self._engine.stop_strings
-        if strings and (found := strings.find(answer.token_ids, new)):
-            return answer.sample(found[0], "stop", found[1])
-        length = len(answer.token_ids)
-        if answer.token_ids[-1] in fixed.stop_ids:
-            return answer.sample(length, "stop", None)
-        return answer.sample(length, "length", None) if length == fixed.limit else None
+        engine, length, ids = self._engine, len(answer.token_ids), answer.token_ids
+        closing = len(engine.fixed.closing)
+        if engine.stop_strings and (found := engine.stop_strings.find(ids, new)):
+            return answer.sample(found[0], "stop", found[1], closing)
+        if ids[-1] in engine.fixed.stop_ids:
+            return answer.sample(length, "stop", None, closing)
+        return answer.sample(length, "length", None, closing) if length == engine.limit else None

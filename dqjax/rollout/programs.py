@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from dqjax.models.cache import Cache, make_cache
 from dqjax.models.decoder import Decoder
 from dqjax.rollout.sampling import Sampling, sample
 from dqjax.types import Params
 
-NO_BUDGET = 2**31 - 1
-NOTHING = -1  # in place of a token that a slot without a sample did not make
+NEVER = 2**31 - 1
+NOTHING = -1  # in place of a token that an idle slot did not make
 
 
 class Slots(NamedTuple):
@@ -30,17 +30,12 @@ class Slots(NamedTuple):
     Attributes:
       cache: `lengths` are the positions of the tokens fed next.
       token: fed next. count: tokens made so far. seed: of the sample.
-      budget: tokens after which thinking is ended, `NO_BUDGET` for none. closed: it has ended.
-      recent: the last tokens made, as many as the closing tag has.
     """
 
     cache: Cache
     token: Int[Array, "B"]
     count: Int[Array, "B"]
     seed: UInt[Array, "B"]
-    budget: Int[Array, "B"]
-    closed: Bool[Array, "B"]
-    recent: Int[Array, "B F"]
 
 
 class Admission(NamedTuple):
@@ -54,15 +49,13 @@ class Admission(NamedTuple):
     length: Int[Array, "A"]
     token: Int[Array, "A"]
     seed: UInt[Array, "A"]
-    budget: Int[Array, "A"]
 
 
 class Made(NamedTuple):
-    """What N steps made: tokens (`NOTHING` where a slot was idle), their log-probabilities, and which were forced."""
+    """What N steps made: tokens (`NOTHING` where a slot was idle) and their log-probabilities."""
 
     tokens: Int[Array, "N B"]
     logprobs: Float[Array, "N B"]
-    forced: Bool[Array, "N B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +64,16 @@ class Decoding:
 
     Attributes:
       stop_ids: tokens that end a sample.
-      think_end: tokens that end thinking, forced at a sample's budget.
+      closing: tokens that end thinking, to be forced on a sample.
       vocab: real entries of the output table; padded ones are never sampled.
-      limit: tokens of a sample.
       steps: of one call.
       seed: of the engine; a sample's own seed is folded into it.
     """
 
     sampling: Sampling
     stop_ids: tuple[int, ...]
-    think_end: tuple[int, ...]
+    closing: tuple[int, ...]
     vocab: int
-    limit: int
     steps: int
     seed: int
 
@@ -96,21 +87,14 @@ def prefill(
     return decoder.apply(params, tokens, starts[:, None] + place, segments, lanes._replace(lengths=starts))[1]
 
 
-def make_slots(decoder: Decoder, *, slots: int, capacity: int, tag: int) -> Slots:
-    """Slots without samples; `tag` is the number of tokens of the closing tag."""
-
-    def full(value, dtype, *more):
-        shape, names = (slots, *more), ("batch", *(None for _ in more))
-        return jnp.full(shape, value, dtype, device=decoder.rules.sharding(names, shape))
-
+def make_slots(decoder: Decoder, *, slots: int, capacity: int) -> Slots:
+    """Slots without samples."""
+    row = decoder.rules.sharding(("batch",), (slots,))
     return Slots(
         make_cache(decoder.config, decoder.rules, rows=slots, capacity=capacity, dtype=decoder.dtype),
-        token=full(0, jnp.int32),
-        count=full(0, jnp.int32),
-        seed=full(0, jnp.uint32),
-        budget=full(NO_BUDGET, jnp.int32),
-        closed=full(False, jnp.bool),
-        recent=full(NOTHING, jnp.int32, tag),
+        token=jnp.zeros(slots, jnp.int32, device=row),
+        count=jnp.zeros(slots, jnp.int32, device=row),
+        seed=jnp.zeros(slots, jnp.uint32, device=row),
     )
 
 
@@ -133,20 +117,23 @@ def admit(slots: Slots, lanes: Cache, entry: Admission) -> Slots:
         put(slots.token, entry.token),
         put(slots.count, 0),
         put(slots.seed, entry.seed),
-        put(slots.budget, entry.budget),
-        put(slots.closed, False),
-        put(slots.recent, NOTHING),
     )
 
 
 def decode(
-    decoder: Decoder, fixed: Decoding, params: Params, slots: Slots, active: Bool[Array, "B"]
+    decoder: Decoder,
+    fixed: Decoding,
+    params: Params,
+    slots: Slots,
+    stop_at: Int[Array, "B"],
+    force_at: Int[Array, "B"],
 ) -> tuple[Slots, Made]:
-    """Makes up to `fixed.steps` tokens of each active slot; one that stops idles for the rest.
+    """Makes up to `fixed.steps` tokens of each sample; a slot whose sample stops is idle for the rest.
 
     Args:
       params: as `Decoder.unstack` gives them.
-      active: slots that hold an unfinished sample.
+      stop_at: number of tokens at which a sample pauses or ends; 0 for a slot without one.
+      force_at: number of tokens behind which `fixed.closing` follows, whatever the policy would say; `NEVER`.
     """
     stops = jnp.asarray(fixed.stop_ids, jnp.int32)
     base = jax.random.key(fixed.seed)
@@ -155,23 +142,17 @@ def decode(
     def step(carry, _):
         slots, active = carry
         cache = slots.cache._replace(lengths=jnp.where(active, slots.cache.lengths, 0))  # an idle slot has nothing to read
-        positions, segments = cache.lengths[:, None], active[:, None].astype(jnp.int32)
-        hidden, cache = decoder.apply(params, slots.token[:, None], positions, segments, cache)
+        segments = active[:, None].astype(jnp.int32)
+        hidden, cache = decoder.apply(params, slots.token[:, None], cache.lengths[:, None], segments, cache)
+        cache = cache._replace(lengths=jnp.where(active, cache.lengths, slots.cache.lengths))  # it may be paused
         logits = _logits(decoder, params, hidden[:, 0], fixed.vocab)
-        forced = _forced(slots, fixed.think_end)
+        forced = _forced(slots.count - force_at, fixed.closing)
         token, logprob = sample(logits, keys, slots.count, fixed.sampling, forced)
-        made = Made(jnp.where(active, token, NOTHING), logprob, active & (forced >= 0))
-        recent = jnp.concatenate([slots.recent, token[:, None]], axis=1)[:, 1:]
-        slots = slots._replace(
-            cache=cache,
-            token=token,
-            count=slots.count + active,
-            closed=slots.closed | jnp.all(recent == jnp.asarray(fixed.think_end, jnp.int32), axis=1),
-            recent=recent,
-        )
-        return (slots, active & ~jnp.isin(token, stops) & (slots.count < fixed.limit)), made
+        made = Made(jnp.where(active, token, NOTHING), logprob)
+        token, count = jnp.where(active, token, slots.token), slots.count + active
+        return (Slots(cache, token, count, slots.seed), active & ~jnp.isin(token, stops) & (count < stop_at)), made
 
-    (slots, _), made = jax.lax.scan(step, (slots, active), length=fixed.steps)
+    (slots, _), made = jax.lax.scan(step, (slots, slots.count < stop_at), length=fixed.steps)
     return slots, made
 
 
@@ -182,10 +163,9 @@ def _logits(decoder: Decoder, params: Params, hidden: Float[Array, "B D"], vocab
     return jnp.where(jnp.arange(len(table)) < vocab, logits, -jnp.inf) if vocab < len(table) else logits
 
 
-def _forced(slots: Slots, think_end: tuple[int, ...]) -> Int[Array, "B"]:
-    """The token of the closing tag that is due, `NOTHING` where none is: the budget is not reached, or thinking is over."""
-    if not think_end:
-        return jnp.full_like(slots.token, NOTHING)
-    place = slots.count - slots.budget
-    due = ~slots.closed & (place >= 0) & (place < len(think_end))
-    return jnp.where(due, jnp.asarray(think_end, jnp.int32)[jnp.clip(place, 0, len(think_end) - 1)], NOTHING)
+def _forced(place: Int[Array, "B"], closing: tuple[int, ...]) -> Int[Array, "B"]:
+    """The token of `closing` at each place, `NOTHING` before and behind it."""
+    if not closing:
+        return jnp.full_like(place, NOTHING)
+    tokens = jnp.asarray(closing, jnp.int32)[jnp.clip(place, 0, len(closing) - 1)]
+    return jnp.where((place >= 0) & (place < len(closing)), tokens, NOTHING)

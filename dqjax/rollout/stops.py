@@ -1,4 +1,4 @@
-"""Stop strings: text at which a sample ends, whichever tokens spell it."""
+"""What is decided by a sample's text, whichever tokens spell it: stop strings, and whether thinking has ended."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -37,6 +37,19 @@ class StopStrings:
         text = self.decode(ids)
         found = [s for s in self.strings if s in text]
         return min(found, key=text.index, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkingEnd:
+    """How thinking is ended by force.
+
+    Attributes:
+      token_ids: what is put behind the last token within the budget, such as those of "\\n</think>\\n\\n".
+      ended: whether thinking has ended in these new tokens; then nothing is put there.
+    """
+
+    token_ids: tuple[int, ...]
+    ended: Callable[[Sequence[int]], bool]
 
 
 def cut(text: str, stop: str | None) -> str:

@@ -12,7 +12,7 @@ from dqjax.models.decoder import Decoder
 from dqjax.rollout import engine as engine_module
 from dqjax.rollout.engine import Engine, Prompt
 from dqjax.rollout.sampling import Sampling
-from dqjax.rollout.stops import StopStrings
+from dqjax.rollout.stops import StopStrings, ThinkingEnd
 from dqjax.sharding import Rules, make_mesh
 
 CONFIG = dataclasses.replace(SIZES["miniature"], vocab_size=64, num_layers=2, hidden_size=32, mlp_size=48, head_dim=16)
@@ -25,6 +25,9 @@ def model():
     params = decoder.init(jax.random.key(0))
     params["embed"]["embedding"] *= 10  # logits sharp enough not to be uniform
     return decoder, params
+
+
+CLOSE = ThinkingEnd((5, 6), lambda ids: "5, 6" in str(ids))
 
 
 def engine(decoder, **options):
@@ -140,9 +143,9 @@ def compiled():
 def test_nothing_recompiles_after_the_first_call(model, compiled):
     """Other prompts, other lengths, other numbers of them, groups, budgets, other parameters: the same programs."""
     decoder, params = model
-    e, later = engine(decoder, rows=4, think_end=[5, 6]), jax.tree.map(jnp.array, params)
+    e, later = engine(decoder, rows=4, thinking_end=CLOSE), jax.tree.map(jnp.array, params)
     list(e.generate(params, [Prompt(tuple(range(60)) * 2, 0)]))
-    assert {"jit(prefill)", "jit(admit)", "jit(decode)"} <= set(compiled)
+    assert {"jit(prefill)", "jit(decode)"} <= set(compiled)
     compiled.clear()
     list(e.generate(params, PROMPTS))
     list(e.generate(later, [Prompt((1, 2), 3)]))
@@ -202,9 +205,9 @@ def test_the_cache_fits_its_budget(model):
 
 
 def test_a_thinking_budget_ends_thinking(model):
-    """At the budget the closing tag follows, token by token; one that closed by itself is left alone."""
+    """At the budget the closing tag follows, token by token, with the log-probabilities that the policy gives it."""
     decoder, params = model
-    forced = engine(decoder, rows=3, think_end=[5, 6], sampling=Sampling(temperature=0.8))
+    forced = engine(decoder, rows=3, thinking_end=CLOSE, sampling=Sampling(temperature=0.8))
     free = ids_of(engine(decoder, rows=3, sampling=Sampling(temperature=0.8)).generate(params, PROMPTS))
     budgets = [7, None, 0, 23, 24, 7]
     samples = list(forced.generate(params, [dataclasses.replace(p, thinking_budget=b) for p, b in zip(PROMPTS, budgets)]))
@@ -223,16 +226,17 @@ def test_a_thinking_budget_ends_thinking(model):
 
 def test_thinking_that_has_ended_is_not_ended_again(model):
     decoder, params = model
-    prompts = [Prompt((1, 2, 3), seed, thinking_budget=12) for seed in range(60)]
-    plain = ids_of(engine(decoder, rows=8, sampling=Sampling(temperature=2.0)).generate(params, prompts_without(prompts)))
-    tag = plain[0][3:5]
-    samples = list(engine(decoder, rows=8, sampling=Sampling(temperature=2.0), think_end=tag).generate(params, prompts))
-    assert samples[0].token_ids == plain[0] and not samples[0].forced
-    assert sum(bool(s.forced) for s in samples) > 40
-
-
-def prompts_without(prompts):
-    return [dataclasses.replace(p, thinking_budget=None) for p in prompts]
+    options = {"rows": 8, "sampling": Sampling(temperature=2.0), "stop_ids": [61]}
+    prompts = [Prompt((1, 2, 3), seed) for seed in range(60)]
+    plain = ids_of(engine(decoder, **options).generate(params, prompts))
+    end = ThinkingEnd((5, 6), lambda ids: 18 in ids)
+    prompts = [dataclasses.replace(p, thinking_budget=12) for p in prompts]
+    samples = list(engine(decoder, **options, thinking_end=end).generate(params, prompts))
+    ended = [18 in ids[:12] for ids in plain]
+    assert 5 < sum(ended) < 55
+    for sample, ids, unforced in zip(samples, plain, ended, strict=True):
+        assert sample.forced == (range(0) if unforced else range(12, 14))
+        assert sample.token_ids == ids if unforced else sample.token_ids[12:14] == (5, 6)
 
 
 def test_stop_strings_cut_at_the_token_that_completes_them(model):
@@ -257,7 +261,7 @@ def test_stop_strings_cut_at_the_token_that_completes_them(model):
 
 def test_settings_that_cannot_be(model):
     decoder, params = model
-    with pytest.raises(ValueError, match="no think_end to force"):
+    with pytest.raises(ValueError, match="does not know how thinking ends"):
         list(engine(decoder).generate(params, [Prompt((1,), 0, thinking_budget=3)]))
     with pytest.raises(ValueError, match="none of them empty"):
         StopStrings(("", "x"), str)
