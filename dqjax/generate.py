@@ -1,6 +1,8 @@
 """python -m dqjax.generate: sample from a trained model, one JSON line a sample.
 
-    {"id": "...", "prompt": "...", "text": "...", "token_ids": [...], "finish_reason": "stop" | "length"}
+    {"id": "...", "prompt": "...", "text": "...", "token_ids": [...], "finish_reason": "stop" | "length", "forced": [from, to]}
+
+`forced` are the places in `token_ids` of what a thinking budget put there; it is left out where nothing was.
 """
 
 import argparse
@@ -15,9 +17,10 @@ from dqjax.config import ConfigError
 from dqjax.data.config import ColumnsConfig, SourceConfig
 from dqjax.data.records import Message, Record
 from dqjax.data.sources import Rejected, read_records
-from dqjax.load import Model, load_model, start_jax
+from dqjax.load import load_model, start_jax
 from dqjax.rollout.engine import Engine, Prompt, Sample
 from dqjax.rollout.sampling import Sampling
+from dqjax.rollout.stops import StopStrings, ThinkingEnd, cut
 from dqjax.sharding import MeshConfig, Rules, make_mesh
 from dqjax.types import Params
 
@@ -28,6 +31,9 @@ class Generator:
     Args:
       name: a run folder, a converted checkpoint, a Hugging Face folder, or a hub name.
       raw: prompts are plain text, to be continued without the chat template.
+      thinking_budget: new tokens after which thinking is ended by force; None: never.
+      stop: strings that end a sample, besides the tokenizer's marks.
+      cache_bytes: see `rollout.engine.Engine`.
     """
 
     def __init__(
@@ -40,6 +46,9 @@ class Generator:
         seed: int = 0,
         thinking: bool = True,
         raw: bool = False,
+        thinking_budget: int | None = None,
+        stop: Sequence[str] = (),
+        cache_bytes: int | None = None,
         dtype: str = "bfloat16",
         step: int | None = None,
         rules: Rules | None = None,
@@ -47,15 +56,19 @@ class Generator:
         self.rules = rules or Rules(make_mesh(**MeshConfig().model_dump()))
         self.model, self.params = load_model(name, self.rules, dtype=dtype, step=step)
         self.thinking, self.raw = thinking, raw
-        shards = self.rules.batch_shards
+        self._budget = thinking_budget if thinking else None
+        chat, shards = self.model.chat, self.rules.batch_shards
         self._engine = Engine(
             self.model.decoder,
-            stop_ids=self.model.chat.stop_ids,
+            stop_ids=chat.stop_ids,
             vocab=self.model.vocab,
             sampling=sampling,
             rows=-(-rows // shards) * shards,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            thinking_end=ThinkingEnd(chat.closing_ids, chat.thinking_ended),
+            stop_strings=StopStrings(tuple(stop), self.model.tokenizer.decode) if stop else None,
+            cache_bytes=cache_bytes,
         )
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -67,7 +80,7 @@ class Generator:
     def generate(self, conversations: Iterable[Sequence[Message]], *, samples: int = 1) -> Iterator[Sample]:
         """`samples` samples of each conversation, in order; sample s of conversation i is seeded by i · samples + s."""
         prompts = (
-            Prompt(tuple(ids), i * samples + s)
+            Prompt(tuple(ids), i * samples + s, self._budget)
             for i, messages in enumerate(conversations)
             for ids in [self.prompt_ids(messages)]
             for s in range(samples)
@@ -75,11 +88,11 @@ class Generator:
         yield from self._engine.generate(self.params, prompts)
 
     def text_of(self, sample: Sample) -> str:
-        """The sample as text, without the mark that ended it."""
+        """The sample as text, without the mark or the string that ended it."""
         ids = list(sample.token_ids)
-        if sample.finish_reason == "stop":
+        if sample.finish_reason == "stop" and sample.stop_string is None:
             ids.pop()
-        return self.model.tokenizer.decode(ids)
+        return cut(self.model.tokenizer.decode(ids), sample.stop_string)
 
 
 def read_prompts(path: str) -> list[Record]:
@@ -113,8 +126,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: floa
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="tokens of at least P times the likeliest")
     parser.add_argument("--seed", type=int, default=0, help="of the samples; default %(default)s")
     parser.add_argument("--thinking", choices=("on", "off"), default="on", help="default %(default)s")
+    parser.add_argument("--thinking-budget", type=int, metavar="N", help="end thinking by force after N tokens")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a sample here; may be repeated")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default %(default)s")
     parser.add_argument("--rows", type=int, default=64, help="sequences decoded together; default %(default)s")
+    parser.add_argument(
+        "--cache-gib", type=float, metavar="G", help="of a device, for keys and values; fewer rows where they do not fit"
+    )
     parser.add_argument("--step", type=int, help="of a run folder's checkpoint; default: the newest intact one")
 
 
@@ -122,6 +140,10 @@ def generator_of(arguments: argparse.Namespace, *, raw: bool = False) -> Generat
     """The generator that the shared options ask for; raises ConfigError for values out of range."""
     if arguments.max_new_tokens < 1 or arguments.rows < 1:
         raise ConfigError("--max-new-tokens and --rows: expected at least 1")
+    if arguments.thinking_budget is not None and arguments.thinking_budget < 0:
+        raise ConfigError(f"--thinking-budget: expected at least 0, got {arguments.thinking_budget}")
+    if "" in arguments.stop:
+        raise ConfigError("--stop: expected some text, got none")
     try:
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
     except ValueError as e:
@@ -135,6 +157,9 @@ def generator_of(arguments: argparse.Namespace, *, raw: bool = False) -> Generat
         seed=arguments.seed,
         thinking=arguments.thinking == "on",
         raw=raw,
+        thinking_budget=arguments.thinking_budget,
+        stop=arguments.stop,
+        cache_bytes=int(arguments.cache_gib * 2**30) if arguments.cache_gib is not None else None,
         dtype=arguments.dtype,
         step=arguments.step,
     )
@@ -172,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "token_ids": list(sample.token_ids),
             "finish_reason": sample.finish_reason,
         }
+        if sample.forced:
+            row["forced"] = [sample.forced.start, sample.forced.stop]
         print(json.dumps(row, ensure_ascii=False), flush=True)
     return 0
 

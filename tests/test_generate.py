@@ -60,6 +60,20 @@ def test_samples_thinking_and_raw(workspace, capsys):
     assert run(capsys, *checkpoint, "--raw")[1][0]["prompt"] == "1 + 2 ="
 
 
+def test_a_thinking_budget_a_stop_string_and_a_small_cache(workspace, capsys):
+    checkpoint = ("--checkpoint", str(workspace / "run"), "--prompt", "1 + 2 =", "--samples", "3")
+    plain = run(capsys, *checkpoint)[1]
+    assert run(capsys, *checkpoint, "--cache-gib", "0.001")[1] == plain
+    for row in run(capsys, *checkpoint, "--thinking-budget", "2")[1]:
+        start, stop = row["forced"]
+        assert start == 2 and row["text"].partition("</think>")[1]
+    assert not any("forced" in row for row in run(capsys, *checkpoint, "--thinking-budget", "2", "--thinking", "off")[1])
+    middle = plain[0]["text"][4:7]
+    cut = run(capsys, *checkpoint, "--stop", middle)[1][0]
+    assert cut["text"] == plain[0]["text"].partition(middle)[0] and cut["finish_reason"] == "stop"
+    assert cut["token_ids"] == plain[0]["token_ids"][: len(cut["token_ids"])] and middle not in cut["text"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -68,6 +82,9 @@ def test_samples_thinking_and_raw(workspace, capsys):
         (("--checkpoint", "RUN", "--prompt", "x", "--step", "77"), "no complete checkpoint of step 77"),
         (("--checkpoint", "RUN", "--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--checkpoint", "RUN", "--prompt", "x", "--max-new-tokens", "0"), "expected at least 1"),
+        (("--checkpoint", "RUN", "--prompt", "x", "--thinking-budget", "-1"), "--thinking-budget: expected at least 0"),
+        (("--checkpoint", "RUN", "--prompt", "x", "--stop", ""), "--stop: expected some text"),
+        (("--checkpoint", "RUN", "--prompt", "x", "--cache-gib", "0.00001"), "raise the budget"),
     ],
 )
 def test_bad_input_is_one_line(workspace, capsys, arguments, message):

@@ -130,6 +130,15 @@ class ChatFormat:
         """`parse_response` for a sample behind a prompt of this template."""
         return parse_response(text, opened=self.opens_block and thinking)
 
+    @functools.cached_property
+    def closing_ids(self) -> tuple[int, ...]:
+        """What ends thinking by force: the closing tag on a line of its own, as `answer_text` has it."""
+        return tuple(self.encode([f"\n{CLOSE}\n\n"])[0])
+
+    def thinking_ended(self, ids: Sequence[int]) -> bool:
+        """Whether a sample holds the closing tag already, in whatever tokens."""
+        return CLOSE in self.tokenizer.decode(list(ids))
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts; nothing is added to them."""
         if not texts:

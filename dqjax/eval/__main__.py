@@ -45,6 +45,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str | None]] = {
     "top_k": (int, "only so many of the likeliest tokens; 0: all; default 20"),
     "min_p": (float, "tokens of at least so many times the likeliest; default 0"),
     "max_new_tokens": (int, "the limit of a sample; default 4096"),
+    "thinking_budget": (int, "end thinking by force after so many tokens; default: never"),
     "instruction": (str, "added to each question"),
     "seed": (int, "of the samples, and of the order of choices"),
     "budgets": (lambda text: [int(part) for part in text.split(",")], "token budgets for accuracy, such as 512,1024"),
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (kind, text) in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=name.upper(), help=text)
     parser.add_argument("--rows", type=int, default=64, help="sequences decoded together; default %(default)s")
+    parser.add_argument(
+        "--cache-gib", type=float, metavar="G", help="of a device, for keys and values; fewer rows where they do not fit"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default %(default)s")
     parser.add_argument("--step", type=int, help="of a run folder's checkpoint; default: the newest intact one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other key of --config")
@@ -88,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--endpoint needs --model NAME")
 
     config = config_of(arguments)
+    if arguments.endpoint and config.thinking_budget is not None:
+        raise ConfigError("thinking_budget: an endpoint cannot be told to end thinking; leave it out")
     problems = read_problems(config)
     overlap = None
     if arguments.training_data:
@@ -135,6 +141,7 @@ def engine_sampler(arguments: argparse.Namespace, config: EvalConfig) -> Sampler
     from dqjax.load import load_model, start_jax
     from dqjax.rollout.engine import Engine, Prompt
     from dqjax.rollout.sampling import Sampling
+    from dqjax.rollout.stops import ThinkingEnd
     from dqjax.sharding import MeshConfig, Rules, make_mesh
 
     start_jax()
@@ -148,13 +155,15 @@ def engine_sampler(arguments: argparse.Namespace, config: EvalConfig) -> Sampler
         rows=-(-arguments.rows // rules.batch_shards) * rules.batch_shards,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        thinking_end=ThinkingEnd(model.chat.closing_ids, model.chat.thinking_ended),
+        cache_bytes=int(arguments.cache_gib * 2**30) if arguments.cache_gib is not None else None,
     )
 
     def generate(prompts):
-        for sample in engine.generate(params, (Prompt(tuple(ids), seed) for ids, seed in prompts)):
+        for sample in engine.generate(params, (Prompt(tuple(ids), seed, budget) for ids, seed, budget in prompts)):
             yield sample.token_ids, sample.finish_reason
 
-    return EngineSampler(model.chat, generate)
+    return EngineSampler(model.chat, generate, config.thinking_budget)
 
 
 def endpoint_sampler(arguments: argparse.Namespace, config: EvalConfig) -> Sampler:

@@ -25,6 +25,8 @@ class EvalConfig(Section):
     thinking: `on`, `off`, or `both`, one row of the report each.
     temperature, top_p, top_k, min_p: see `rollout.sampling`. The defaults are those of the source paper's thinking models.
     max_new_tokens: the limit of a sample; what runs into it is truncated.
+    thinking_budget: new tokens after which thinking that has not ended is ended by force, so that an answer follows; null:
+      never. For a checkpoint only.
     seed: of the samples and of the order of choices.
     budgets: token budgets at which accuracy is reported; empty takes powers of two up to `max_new_tokens`.
     released: the first and last contest day of the problems used (LiveCodeBench), as YYYY-MM-DD; empty
@@ -46,6 +48,7 @@ class EvalConfig(Section):
     top_k: int = pydantic.Field(20, ge=0)
     min_p: float = pydantic.Field(0.0, ge=0, le=1)
     max_new_tokens: int = pydantic.Field(4096, ge=1)
+    thinking_budget: int | None = pydantic.Field(None, ge=0)
     seed: int = 0
     budgets: tuple[int, ...] = ()
     released: tuple[str, ...] = ()

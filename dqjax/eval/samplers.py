@@ -70,18 +70,24 @@ class EngineSampler:
 
     Args:
       chat: renders prompts and takes samples apart, as in training.
-      generate: (token ids, seed) pairs → (new token ids, "stop" or "length"), in order; the stop token may be included.
+      generate: (token ids, seed, thinking budget) → (new token ids, "stop" or "length"), in order; the stop token may be
+        included.
+      thinking_budget: of samples in thinking mode; None: none.
     """
 
     def __init__(
         self,
         chat: ChatFormat,
-        generate: Callable[[Iterable[tuple[list[int], int]]], Iterable[tuple[Sequence[int], str]]],
+        generate: Callable[[Iterable[tuple[list[int], int, int | None]]], Iterable[tuple[Sequence[int], str]]],
+        thinking_budget: int | None = None,
     ):
-        self._chat, self._generate = chat, generate
+        self._chat, self._generate, self._budget = chat, generate, thinking_budget
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[Sampled]:
-        prompts = ((self._chat.prompt_ids(r.problem.messages, thinking=r.thinking), r.seed) for r in requests)
+        prompts = (
+            (self._chat.prompt_ids(r.problem.messages, thinking=r.thinking), r.seed, self._budget if r.thinking else None)
+            for r in requests
+        )
         for request, (ids, reason) in zip(requests, self._generate(prompts)):
             ids = list(ids)
             tokens = len(ids)

@@ -26,17 +26,17 @@ def chat():
 def test_engine_prompts_are_rendered_by_mode_and_samples_taken_apart(chat):
     prompts = []
 
-    def generate(pairs):
+    def generate(triples):
         texts = ["<think>\nhm 1\n</think>\n\n2", "3", "<think>\nhm", "4"]
-        for (ids, seed), text in zip(pairs, texts):
-            prompts.append((chat.tokenizer.decode(ids), seed))
+        for (ids, seed, budget), text in zip(triples, texts):
+            prompts.append((chat.tokenizer.decode(ids), seed, budget))
             stopped = text != "<think>\nhm"
             yield chat.encode([text])[0] + [chat.end_id] * stopped, "stop" if stopped else "length"
 
-    sampler = EngineSampler(chat, generate)
+    sampler = EngineSampler(chat, generate, thinking_budget=99)
     got = list(sampler([request(), request(thinking=False), request(seed=9), request(thinking=False)]))
     assert prompts[0][0].endswith("<|im_start|>assistant\n") and prompts[1][0].endswith("</think>\n\n")
-    assert [seed for _, seed in prompts] == [7, 7, 9, 7]
+    assert [rest for _, *rest in prompts] == [[7, 99], [7, None], [9, 99], [7, None]]
     first, second, third, _ = got
     assert (first.response.thinking, first.response.answer, first.truncated) == ("hm 1", "2", False)
     assert first.tokens == len(chat.encode([first.text])[0]) + 1
