@@ -12,12 +12,14 @@ import jax.numpy as jnp
 
 from dqjax.checkpoint import Checkpoints
 from dqjax.config import ConfigError, Section
+from dqjax.convert.adapters import adapter_run
 from dqjax.convert.huggingface import load_params
 from dqjax.convert.source import ModelSource, resolve_model
 from dqjax.data.chat import ChatFormat
 from dqjax.data.tokenizer import load_tokenizer
 from dqjax.models.config import ModelConfig
 from dqjax.models.decoder import Decoder, Remat
+from dqjax.models.lora import Adapters
 from dqjax.sharding import Rules
 from dqjax.types import Params
 
@@ -89,10 +91,28 @@ def read_parameters(model: Model, *, step: int | None = None, dtype: Any = jnp.f
     decoder, source = model.decoder, model.source
     if source.kind == "huggingface":
         return load_params(source.folder, decoder.config, decoder.shardings(), dtype=dtype)
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), decoder.shapes())
-    shapes = abstract_tree(shapes, decoder.shardings())
+    if (run := adapter_run(source)) is not None:
+        base = read_parameters(dataclasses.replace(model, source=run.base))
+        whole = read_adapted(source, Adapters(decoder, run.config), base, step=step)
+        return jax.tree.map(lambda x: x.astype(dtype), whole)
+    return restore_parameters(source, decoder, step=step, dtype=dtype)
+
+
+def read_adapted(source: ModelSource, adapters: Adapters, base: Params, *, step: int | None = None) -> Params:
+    """The base of a run that trained adapters, with those of its checkpoint added to the weights."""
+    trained = restore_parameters(source, adapters, step=step)
+    return jax.jit(adapters.merge, out_shardings=adapters.model.shardings())(base, trained)
+
+
+def restore_parameters(source: ModelSource, trained: Any, *, step: int | None = None, dtype: Any = jnp.float32) -> Params:
+    """What a checkpoint of a run or converted folder holds, laid out over the mesh.
+
+    Args:
+      trained: has its `shapes` and `shardings`: a decoder, a classifier, adapters.
+    """
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), trained.shapes())
     checkpoints = Checkpoints(source.folder / "checkpoints")
-    found = checkpoints.restore({"params": shapes}, step=step)
+    found = checkpoints.restore({"params": abstract_tree(shapes, trained.shardings())}, step=step)
     checkpoints.close()
     if found is None:
         raise ConfigError(f"{source.folder} has no complete checkpoint yet")

@@ -31,6 +31,7 @@ from dqjax.load import abstract_tree, build_model, start_jax, write_model_files
 from dqjax.metrics import Recorder, Writer
 from dqjax.objectives.distill import distill
 from dqjax.objectives.grpo import grpo
+from dqjax.objectives.lora import with_lora
 from dqjax.objectives.preference import preference
 from dqjax.objectives.reward import reward
 from dqjax.objectives.scorer import scorer
@@ -71,6 +72,8 @@ def train(config: Config) -> int:
         )
     model = build_model(config.model, rules)
     setup = OBJECTIVES[config.objective.kind](config, model, rules, run)
+    if config.lora is not None:
+        setup = with_lora(setup, config.lora, seed=config.train.seed, dtype=model.decoder.dtype)
     steps = setup.steps
 
     optimizer = make_optimizer(config.optimizer, steps)
@@ -196,8 +199,8 @@ def _refuse_another_config(config: Config, run: pathlib.Path) -> None:
     changed = [
         f"{name}.{key}"
         for name in sections
-        for key in now[name]
-        if (before.get(name) or {}).get(key) != now[name][key] and f"{name}.{key}" not in MAY_CHANGE
+        for key in {**(before.get(name) or {}), **(now[name] or {})}
+        if (before.get(name) or {}).get(key) != (now[name] or {}).get(key) and f"{name}.{key}" not in MAY_CHANGE
     ]
     if changed:
         raise ConfigError(

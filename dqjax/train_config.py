@@ -8,6 +8,7 @@ from pydantic import Field
 from dqjax.config import Section
 from dqjax.data.config import DataConfig
 from dqjax.load import ModelSection
+from dqjax.models.lora import LoRAConfig
 from dqjax.objectives.groups import PolicyConfig
 from dqjax.optim import OptimizerConfig
 from dqjax.sharding import MeshConfig
@@ -62,6 +63,7 @@ class Config(Section):
 
     objective: Objective
     model: ModelSection
+    lora: LoRAConfig | None = None
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from dqjax.config import ConfigError
+from dqjax.convert.adapters import adapter_run, save_peft
 from dqjax.convert.card import Card
 from dqjax.convert.classifier import ClassifierConfig, classifier_config, classifier_to_huggingface
-from dqjax.convert.checkpoint import open_checkpoint, write_checkpoint
+from dqjax.convert.checkpoint import open_checkpoint, open_model, write_checkpoint
 from dqjax.convert.huggingface import save_params, write_text
 from dqjax.convert.licence import NO_BASE, Licence, licence_files, recognise_licence
 from dqjax.convert.serving import TOKENIZER_FILES, chat_template, generation_config, special_tokens, thinking_mode
@@ -75,7 +76,7 @@ def to_huggingface_folder(
     run = _run_config(source)
     config = classifier_config(source) or source.config()
     classifies = isinstance(config, ClassifierConfig)
-    step, read = open_checkpoint(source, step)
+    step, read = open_model(source, step)
     with appearing(folder) as building:
         save_params(read, config, building, dtype=dtype, max_shard_bytes=max_shard_bytes)
         _copy(source.files, building, TOKENIZER_FILES)
@@ -111,6 +112,29 @@ def to_huggingface_folder(
         )
         write_text(building / "README.md", card.text())
     return card
+
+
+def to_peft_folder(name: str, folder: pathlib.Path, *, step: int | None = None, base: str | None = None) -> int:
+    """Exports the adapters of a run in PEFT's format, whole or not at all; returns their checkpoint's step.
+
+    Args:
+      base: name or path of the base for adapter_config.json; by default as the run's config has it.
+
+    Raises:
+      ConfigError: `name` is no run that trained adapters, or `folder` is in use.
+    """
+    source = resolve_model(name)
+    run = adapter_run(source)
+    if run is None:
+        raise ConfigError(f"{name} holds no adapters: expected a run whose config has a lora section; to-hf exports whole models")
+    step, read = open_checkpoint(source, step)
+    with appearing(folder) as building:
+        head = classifier_config(source) is not None
+        save_peft(read, run, source.config(), building, base_name=base or run.base_name, head=head)
+        _copy(source.files, building, TOKENIZER_FILES)
+        for path in licence_files(source.files):
+            shutil.copyfile(path, building / path.name)
+    return step
 
 
 def _run_config(source: ModelSource) -> dict[str, Any]:

@@ -19,6 +19,8 @@ def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
 class Linear(nn.Module):
     """`einsum(spec, x, kernel) (+ bias)` with logical axis names on the kernel.
 
+    Where the parameters hold `lora_a` and `lora_b` beside the kernel (`models.lora`), x · A · B is added.
+
     Attributes:
       spec: contraction in the library's letters, for example "BTD,DNH->BTNH".
       shape: kernel shape; names: its logical axes, one a dimension.
@@ -36,10 +38,23 @@ class Linear(nn.Module):
         init = nn.with_partitioning(nn.initializers.normal(0.02), self.names)
         kernel = self.param("kernel", init, self.shape, jnp.float32).astype(self.dtype)
         y = jnp.einsum(self.spec, x.astype(self.dtype), kernel, precision=precision_of(self.dtype))
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            rows, inner, out = _low_rank(self.spec)
+            low = jnp.einsum(f"{rows},{inner}->BTR", x.astype(self.dtype), a, precision=precision_of(self.dtype))
+            y += jnp.einsum(f"BTR,{out}", low, b, precision=precision_of(self.dtype))
         if self.bias_dims:
             init = nn.with_partitioning(nn.initializers.zeros, self.names[-self.bias_dims :])
             y += self.param("bias", init, self.shape[-self.bias_dims :], jnp.float32).astype(self.dtype)
         return y
+
+
+def _low_rank(spec: str) -> tuple[str, str, str]:
+    """"BTD,DNH->BTNH" as the letters of x, of A, and of B with the result: BTD, DR, RNH->BTNH."""
+    operands, result = spec.split("->")
+    rows, kernel = operands.split(",")
+    inputs = "".join(letter for letter in kernel if letter not in result)
+    return rows, f"{inputs}R", f"R{kernel.removeprefix(inputs)}->{result}"
 
 
 class RMSNorm(nn.Module):
