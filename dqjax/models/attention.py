@@ -90,7 +90,9 @@ def _cached(q, keys, values, context: Context, rules: Rules, backend: str | None
         )
 
     def decode(q, k, v, segment_ids, positions, lengths):
-        return decode_kernel.decode_attention(q[:, 0], k, v, lengths)[:, None]
+        platform = rules.mesh.devices.flat[0].platform  # need not be that of this process
+        backend = decode_kernel.default_backend(platform)
+        return decode_kernel.decode_attention(q[:, 0], k, v, lengths, backend=backend)[:, None]
 
     local = decode if q.shape[1] == 1 else prefill
     return _per_shard(local, rules, q, keys, values, (context.segment_ids, context.positions, context.lengths))

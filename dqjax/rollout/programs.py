@@ -159,6 +159,7 @@ def decode(
 def _logits(decoder: Decoder, params: Params, hidden: Float[Array, "B D"], vocab: int) -> Float[Array, "B V"]:
     table = decoder.output_table(params)
     logits = jnp.einsum("BD,VD->BV", hidden, table, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    logits = decoder.rules.constrain(logits, "batch", "vocab_in_use")  # else the table would be gathered, not they
     logits = decoder.rules.constrain(logits, "batch", None)
     return jnp.where(jnp.arange(len(table)) < vocab, logits, -jnp.inf) if vocab < len(table) else logits
 
