@@ -17,124 +17,42 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqjax.checkpoint import Checkpoints
 from dqjax.commands import run_command
 from dqjax.config import ConfigError
-from dqjax.convert.classifier import LABELS, classifier_config
-from dqjax.convert.huggingface import load_params
-from dqjax.convert.source import resolve_model
-from dqjax.data.chat import ChatFormat
+from dqjax.convert.classifier import LABELS
 from dqjax.data.config import ColumnsConfig, SourceConfig
-from dqjax.data.pack import Tokens, best_fit_decreasing, pack_rows
-from dqjax.data.pair_loader import closing_ids
 from dqjax.data.records import BadRow, Record
 from dqjax.data.sources import Rejected, read_records
-from dqjax.data.tokenizer import load_tokenizer
-from dqjax.load import abstract_tree, start_jax
-from dqjax.losses.scores import sequence_scores
-from dqjax.models.decoder import Decoder
-from dqjax.models.heads import Classifier
+from dqjax.load import start_jax
+from dqjax.scoring import Scorer
 from dqjax.sharding import MeshConfig, Rules, make_mesh
 from dqjax.steps.scorer import expected_levels
-from dqjax.trainer import placer
 
 log = logging.getLogger("dqjax.score")
 
 _WINDOW = 1024  # rows of the input that are packed together
 
 
-class Scorer:
-    """A trained classifier as the commands use it: conversations in, logits out.
-
-    Args:
-      name: a run folder of `objective: reward` or `scorer`, a folder converted from one, or a Hugging Face folder of a
-        `…ForSequenceClassification`.
-      row_length: tokens of a packed row, the longest conversation that can be scored.
-      rows: of a batch; rounded up to the shards of the mesh.
-    """
-
-    def __init__(
-        self, name: str, *, row_length: int = 4096, rows: int = 8, dtype: str = "bfloat16", step: int | None = None
-    ):
-        rules = Rules(make_mesh(**MeshConfig().model_dump()))
-        source = resolve_model(name)
-        config = classifier_config(source)
-        if config is None:
-            raise ConfigError(f"{name} holds a language model; expected a reward model or a scorer")
-        self.labels = config.labels
-        decoder = Decoder(config, rules, jnp.dtype(dtype), "none")
-        self._classifier = Classifier(decoder, labels=len(config.labels))
-        self._params = _read_parameters(source, config, self._classifier, step)
-        self._tokenizer = load_tokenizer(source.files, vocab_size=config.vocab_size)
-        self._chat = ChatFormat.of(self._tokenizer)
-        self._closing = closing_ids(self._chat)
-        self._row_length, self._rows = row_length, -(-rows // rules.batch_shards) * rules.batch_shards
-        self._place = placer(rules, self._rows)
-        self._scores = jax.jit(self._scores_of, static_argnames="columns")
-
-    def tokens(self, records: Sequence[Record]) -> list[np.ndarray]:
-        """The token ids of whole conversations, which end with an assistant's turn.
-
-        Raises:
-          ConfigError: a conversation that cannot be rendered or is longer than a row; names it.
-        """
-        found = []
-        for record, turns in zip(records, self._chat.turns(records, ["turn"] * len(records)), strict=True):
-            if isinstance(turns, BadRow) or record.messages[-1].role != "assistant":
-                raise ConfigError(f"{record.id}: {turns if isinstance(turns, BadRow) else 'it ends without an answer'}")
-            ids = np.array([*turns[-1].ids, *self._closing], np.int32)
-            if len(ids) > self._row_length:
-                raise ConfigError(f"{record.id} has {len(ids)} tokens, over --row-length {self._row_length}; raise it")
-            found.append(ids)
-        return found
-
-    def logits(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
-        """Logits `[n, C]`, float32, of token sequences, packed into rows."""
-        plan = best_fit_decreasing([len(ids) for ids in sequences], self._row_length)
-        columns = -(-plan.columns // 8) * 8
-        out = np.zeros((len(sequences), len(self.labels)), np.float32)
-        for first in range(0, len(plan), self._rows):
-            items = [plan[r].tolist() if r < len(plan) else [] for r in range(first, first + self._rows)]
-            rows = [[Tokens(sequences[i], np.zeros(len(sequences[i]), bool), {"row": i}) for i in row] for row in items]
-            batch = pack_rows(rows, self._row_length, columns=columns, pad_id=self._tokenizer.pad_token_id)
-            scores = np.asarray(self._scores(self._params, self._place(batch), columns=columns))
-            present = batch.side["row"] >= 0
-            out[batch.side["row"][present]] = scores[present]
-        return out
-
-    def _scores_of(self, params: Any, batch: Any, *, columns: int) -> jax.Array:
-        model = self._classifier
-        hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
-        return sequence_scores(hidden, model.output_table(params), batch, columns)
-
-
-def _read_parameters(source: Any, config: Any, classifier: Classifier, step: int | None) -> Any:
-    """The parameters of trunk and head, float32, laid out over the mesh."""
-    shardings = classifier.shardings()
-    if source.kind == "huggingface":
-        return load_params(source.folder, config, shardings)
-    checkpoints = Checkpoints(source.folder / "checkpoints")
-    found = checkpoints.restore({"params": abstract_tree(classifier.shapes(), shardings)}, step=step)
-    checkpoints.close()
-    if found is None:
-        raise ConfigError(f"{source.folder} has no complete checkpoint yet")
-    log.info("%s: step %d", source.folder, found[0])
-    return found[1]["params"]
-
-
 def score_records(scorer: Scorer, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-    """The output row of each record."""
+    """The output row of each record.
+
+    Raises:
+      ConfigError: a conversation that cannot be scored; names it.
+    """
     sides = [("_chosen", "_rejected") if record.chosen is not None else ("",) for record in records]
     asked = [
         dataclasses.replace(record, messages=(*record.messages, getattr(record, side[1:]))) if side else record
         for record, its in zip(records, sides)
         for side in its
     ]
-    logits = iter(scorer.logits(scorer.tokens(asked)))
+    tokens = scorer.tokens(asked)
+    for record, ids in zip(asked, tokens):
+        if isinstance(ids, BadRow):
+            raise ConfigError(f"{record.id}: {ids}")
+    logits = iter(scorer.logits(tokens))
     for record, its in zip(records, sides):
         row: dict[str, Any] = {"id": record.id}
         for side in its:
@@ -155,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     start_jax()
     scorer = Scorer(
         arguments.checkpoint,
+        Rules(make_mesh(**MeshConfig().model_dump())),
         row_length=arguments.row_length,
         rows=arguments.rows,
         dtype=arguments.dtype,

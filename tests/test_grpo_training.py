@@ -154,7 +154,7 @@ def test_the_best_checkpoint_is_kept(workspace, monkeypatch):
         ("data.thinking=on", "data.thinking: nothing to objective grpo"),
         ("data.row_length=66", "hold no prompt"),
         ("objective.prompts=100000", "objective.prompts: 100000 problems a rollout"),
-        ("objective.reward.verbosity={weight: 0.1}", "objective.reward.verbosity needs an RV/CD scorer"),
+        ("objective.reward.verbosity={weight: 0.1}", "objective.reward.style.scorer: verbosity needs a run folder"),
         ("objective.group_size=1", "objective.group_size"),
         ("objective.passes=3", "train.steps: 2 updates are no whole number of rollouts, which feed 3 each"),
         ("objective.minibatches=17", "objective.minibatches: 17 parts of 16 samples"),

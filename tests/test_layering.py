@@ -30,7 +30,7 @@ ALLOWED = {
     "data": {"data", "rewards"} | BASE,
     "eval": {"eval", "rewards", "data"} | BASE,
 }
-COMMANDS = {"train", "train_config", "objectives", "generate", "score", "teacher_logits", "plan", "load", "bench", "__init__"}
+COMMANDS = {"train", "train_config", "objectives", "generate", "score", "scoring", "teacher_logits", "plan", "load", "bench", "__init__"}
 PEERS = {"kernels.measure", "kernels.peers", "bench.peers"}  # import what they compare with, where it is installed
 COMMAND_MODULES = {"eval.__main__", "data.__main__", "convert.__main__", "bench.__main__"}
 

@@ -15,10 +15,10 @@ from dqjax.load import Model, read_parameters
 from dqjax.metrics import scalars
 from dqjax.objectives.graded import completion_of, numbers_of
 from dqjax.objectives.groups import Groups, PolicyConfig, Question, Values
+from dqjax.objectives.judges import make_sources
 from dqjax.objectives.problems import read_problems
 from dqjax.objectives.setup import Evaluate, Setup, with_sample
-from dqjax.objectives.shares import Shared
-from dqjax.rewards.mix import Mix, Sources
+from dqjax.rewards.mix import Mix
 from dqjax.rollout.engine import Engine, Prompt
 from dqjax.rollout.sampling import Sampling
 from dqjax.sharding import Rules
@@ -61,7 +61,14 @@ def grpo(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup
     if len(questions) < objective.prompts:
         raise ConfigError(f"objective.prompts: {objective.prompts} problems a rollout, and the data have {len(questions)}")
     log.info("data: problems %d  held_out %d", len(questions), len(held) if held is not None else 0)
-    mix = _make_mix(objective)
+    sources = make_sources(
+        objective.reward,
+        rules,
+        row_length=config.data.row_length,
+        rows=config.train.batch_rows,
+        dtype=config.model.dtype,
+    )
+    mix = Mix(objective.reward, sources)
     limits = {"stop_ids": model.chat.stop_ids, "vocab": model.vocab, "max_new_tokens": objective.max_new_tokens}
     shards = rules.batch_shards
     rows = -(-(objective.decode_rows or objective.prompts * objective.group_size) // shards) * shards
@@ -136,13 +143,6 @@ def measure_policy(
         return scalars(numbers_of(completions, mix(completions))), {}
 
     return evaluate
-
-
-def _make_mix(objective: PolicyConfig) -> Mix:
-    try:
-        return Mix(objective.reward, Sources(share=Shared))
-    except ValueError as e:
-        raise ConfigError(f"objective.{e}") from None
 
 
 def _fixed_values(config: Config, model: Model, rules: Rules) -> Values | None:

@@ -12,12 +12,14 @@ Score = Callable[[Sequence[Completion]], Sequence[float]]
 
 
 class ModelConfig(Section):
-    """How scores become rewards.
+    """The reward model, and how its scores become rewards.
 
+    checkpoint: a run folder of `objective: reward`, or a folder exported from one.
     squash: `sigmoid` maps a score into (0, 1), the probability of winning against a score of 0, so that no outlier
       outweighs correctness; `none` takes it as it is.
     """
 
+    checkpoint: str | None = None
     squash: Literal["sigmoid", "none"] = "sigmoid"
 
 

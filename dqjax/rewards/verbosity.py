@@ -53,13 +53,15 @@ def _label(value: object) -> float | None:
 
 
 class StyleConfig(Section):
-    """The targets.
+    """Who labels chains, and the targets.
 
+    scorer: a run folder of `objective: scorer`, or a folder exported from one.
     verbosity: RV*, one number for all problems; null lets it rise with the problem's difficulty d (0 to 9), between
       `verbosity_at_0` and `verbosity_at_9`: short chains for easy problems, long ones for hard ones.
     difficulty: CD*, what the student can follow.
     """
 
+    scorer: str | None = None
     verbosity: float | None = pydantic.Field(None, ge=0, le=9)
     verbosity_at_0: float = pydantic.Field(1.0, ge=0, le=9)
     verbosity_at_9: float = pydantic.Field(8.0, ge=0, le=9)

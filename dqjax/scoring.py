@@ -1,0 +1,117 @@
+"""Trained classifiers put to use: reward models and RV/CD scorers, from conversations to logits."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dqjax.config import ConfigError
+from dqjax.convert.adapters import adapter_run
+from dqjax.convert.classifier import classifier_config
+from dqjax.convert.huggingface import load_params
+from dqjax.convert.source import resolve_model
+from dqjax.data.chat import ChatFormat
+from dqjax.data.pack import Tokens, best_fit_decreasing, pack_rows
+from dqjax.data.pair_loader import closing_ids
+from dqjax.data.records import BadRow, Record
+from dqjax.data.tokenizer import load_tokenizer
+from dqjax.load import ModelSection, build_model, read_adapted, read_parameters, restore_parameters
+from dqjax.losses.scores import sequence_scores
+from dqjax.models.decoder import Decoder
+from dqjax.models.heads import Classifier
+from dqjax.models.lora import Adapters
+from dqjax.sharding import Rules
+from dqjax.trainer import own_rows, placer
+
+log = logging.getLogger(__name__)
+
+
+class Scorer:
+    """A trained classifier as commands and rewards use it: conversations in, logits out.
+
+    Conversations are rendered and read as in training and in serving: whole, at the last token of the chat template. In a
+    job of several processes all of them score the same conversations, at the same time.
+
+    Args:
+      name: a run folder of `objective: reward` or `scorer`, a folder converted from one, or a Hugging Face folder of a
+        `…ForSequenceClassification`.
+      rules: where its parameters and batches lie.
+      row_length: tokens of a packed row, the longest conversation that can be scored.
+      rows: of a batch; rounded up to the shards of the mesh.
+
+    Raises:
+      ConfigError: not a classifier, or none that can be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rules: Rules,
+        *,
+        row_length: int = 4096,
+        rows: int = 8,
+        dtype: str = "bfloat16",
+        step: int | None = None,
+    ):
+        source = resolve_model(name)
+        config = classifier_config(source)
+        if config is None:
+            raise ConfigError(f"{name} holds a language model; expected a reward model or a scorer")
+        self.labels, self.row_length = config.labels, row_length
+        decoder = Decoder(config, rules, jnp.dtype(dtype), "none")
+        self._classifier = Classifier(decoder, labels=len(config.labels))
+        self._params = _read_parameters(source, config, self._classifier, step)
+        self._tokenizer = load_tokenizer(source.files, vocab_size=config.vocab_size)
+        self._chat = ChatFormat.of(self._tokenizer)
+        self._closing = closing_ids(self._chat)
+        self._rules, self._rows = rules, -(-rows // rules.batch_shards) * rules.batch_shards
+        self._place = placer(rules, self._rows)
+        whole = rules.sharding(())  # on every host, to be read there
+        self._scores = jax.jit(self._scores_of, static_argnames="columns", out_shardings=whole)
+
+    def tokens(self, records: Sequence[Record]) -> list[np.ndarray | BadRow]:
+        """The token ids of whole conversations, which end with an assistant's turn, or why there are none."""
+        found: list[np.ndarray | BadRow] = []
+        for record, turns in zip(records, self._chat.turns(records, ["turn"] * len(records)), strict=True):
+            if isinstance(turns, BadRow):
+                found.append(turns)
+            elif record.messages[-1].role != "assistant":
+                found.append(BadRow("it ends without an answer"))
+            else:
+                ids = np.array([*turns[-1].ids, *self._closing], np.int32)
+                long = len(ids) > self.row_length
+                found.append(BadRow(f"{len(ids)} tokens do not fit into a row of {self.row_length}") if long else ids)
+        return found
+
+    def logits(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits `[n, C]`, float32, of token sequences, packed into rows."""
+        plan = best_fit_decreasing([len(ids) for ids in sequences], self.row_length)
+        columns = -(-plan.columns // 8) * 8
+        out = np.zeros((len(sequences), len(self.labels)), np.float32)
+        for first in range(0, len(plan), self._rows):
+            items = [plan[r].tolist() if r < len(plan) else [] for r in range(first, first + self._rows)]
+            rows = [[Tokens(sequences[i], np.zeros(len(sequences[i]), bool), {"row": i}) for i in row] for row in items]
+            batch = pack_rows(rows, self.row_length, columns=columns, pad_id=self._tokenizer.pad_token_id)
+            scores = np.asarray(self._scores(self._params, self._place(own_rows(self._rules, batch)), columns=columns))
+            present = batch.side["row"] >= 0
+            out[batch.side["row"][present]] = scores[present]
+        return out
+
+    def _scores_of(self, params: Any, batch: Any, *, columns: int) -> jax.Array:
+        model = self._classifier
+        hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
+        return sequence_scores(hidden, model.output_table(params), batch, columns)
+
+
+def _read_parameters(source: Any, config: Any, classifier: Classifier, step: int | None) -> Any:
+    """The parameters of trunk and head, float32, laid out over the mesh."""
+    if source.kind == "huggingface":
+        return load_params(source.folder, config, classifier.shardings())
+    if (run := adapter_run(source)) is None:
+        return restore_parameters(source, classifier, step=step)
+    base = build_model(ModelSection(init_from=str(run.base.folder), remat="none"), classifier.decoder.rules)
+    trunk = {name: value for name, value in read_parameters(base).items() if name in classifier.trunk.shapes()}
+    return read_adapted(source, Adapters(classifier, run.config), trunk, step=step)
