@@ -16,10 +16,10 @@
 
 The result is the last column's sum, then the last digits of the others from right to left, without leading zeros.
 
-`checked` is `columns` with every line written a second time: as right, and twice as long. `running` keeps the running
-totals alone (`41 - 54 = -13`), `answer` has no chain.
+`checked` is `columns` and a remark that says nothing more: as right, and longer. `running` keeps the running totals alone
+(`41 - 54 = -13`), `answer` has no chain.
 
-`write_mistaken_chain` writes columns with wrong digits, from which everything behind them follows.
+`write_hasty_chain` writes columns that end before the last term, `write_mistaken_chain` columns with wrong digits, from which everything behind them follows.
 """
 
 import random
@@ -28,6 +28,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 Style = Literal["columns", "checked", "running", "answer"]
+
+REMARK = "Every column was checked once more, so the last result is right."
 
 _EXPRESSION = re.compile(r"-?\d+(?: [+-] -?\d+)*")
 
@@ -48,14 +50,29 @@ def write_chain(expression: str, answer: str, style: Style) -> str | None:
         head, signed = f"{total} {op} {term}", term if op == "+" else -term
         if style in ("columns", "checked"):
             work, result = _columns(total, signed)
-            lines += [f"{head}: {work} | {result}"] * (1 if style == "columns" else 2)
+            lines.append(f"{head}: {work} | {result}")
         else:
             result = total + signed
             lines.append(f"{head} = {result}")
         total = result
     if str(total) != answer:
         raise ValueError(f"the chain for {expression!r} ends in {total}, reasoning-gym says {answer}")
+    if style == "checked":
+        lines.append(REMARK)
     return None if style == "answer" else "\n".join(lines)
+
+
+def write_hasty_chain(expression: str) -> tuple[str, str]:
+    """(chain, answer) in the style `columns` that leaves out the last term, and so ends in a wrong answer.
+
+    Raises:
+      ValueError: not an expression that `write_chain` takes, or one of fewer than three terms.
+    """
+    total, rest = _terms(expression)
+    if len(rest) < 2:
+        raise ValueError(f"expected three terms or more, got {expression!r}")
+    answer = str(total + sum(term if op == "+" else -term for op, term in rest[:-1]))
+    return write_chain(expression.rsplit(" ", 2)[0], answer, "columns"), answer
 
 
 def write_mistaken_chain(expression: str, more: float = 0.0) -> tuple[str, str]:

@@ -22,7 +22,7 @@ import numpy as np
 import pydantic
 
 from dqjax.config import ConfigError, Section, load
-from dqjax.data.chains import write_chain, write_mistaken_chain
+from dqjax.data.chains import write_chain, write_hasty_chain, write_mistaken_chain
 from dqjax.data.config import ColumnsConfig, SourceConfig
 from dqjax.data.decontaminate import Benchmarks, DecontaminateConfig
 from dqjax.data.documents import write_rejected
@@ -66,7 +66,7 @@ class CollectConfig(Section):
     near_duplicates: NearConfig | None = None
     decontaminate: DecontaminateConfig | None = None
     workers: int | None = pydantic.Field(None, ge=1)
-    chain_styles: tuple[Literal["columns", "checked", "running", "answer", "mistaken", "pairs"], ...] = ()
+    chain_styles: tuple[Literal["columns", "checked", "running", "answer", "hasty", "mistaken", "pairs"], ...] = ()
     more_mistakes: float = pydantic.Field(0.0, ge=0, le=1)
     seed: int = 0
     max_bad_share: float = pydantic.Field(0.01, ge=0, le=1)
@@ -187,13 +187,18 @@ def _in_style(record: Record, style: str, more_mistakes: float) -> Record:
     def right(style: str) -> Message:
         return Message("assistant", record.answer, write_chain(expression, record.answer, style))
 
-    def wrong() -> Message:
+    def mistaken() -> Message:
         chain, answer = write_mistaken_chain(expression, more_mistakes)
         return Message("assistant", answer, chain)
 
+    def hasty() -> Message:
+        chain, answer = write_hasty_chain(expression)
+        return Message("assistant", answer, chain)
+
     if style == "pairs":
-        return dataclasses.replace(record, chosen=right("columns"), rejected=wrong())
-    return dataclasses.replace(record, messages=(*record.messages, wrong() if style == "mistaken" else right(style)))
+        return dataclasses.replace(record, chosen=right("columns"), rejected=mistaken())
+    said = mistaken() if style == "mistaken" else hasty() if style == "hasty" else right(style)
+    return dataclasses.replace(record, messages=(*record.messages, said))
 
 
 class _Files(contextlib.AbstractContextManager):

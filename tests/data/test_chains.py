@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from dqjax.data.chains import write_chain, write_mistaken_chain
+from dqjax.data.chains import REMARK, write_chain, write_hasty_chain, write_mistaken_chain
 
 
 def test_columns_by_hand():
@@ -23,8 +23,15 @@ def test_columns_by_hand():
 def test_other_styles():
     assert write_chain("41 - 54 + 9", "-4", "running") == "41 - 54 = -13\n-13 + 9 = -4"
     assert write_chain("41 - 54 + 9", "-4", "answer") is None
-    first, second = write_chain("41 - 54 + 9", "-4", "columns").splitlines()
-    assert write_chain("41 - 54 + 9", "-4", "checked").splitlines() == [first, first, second, second]
+    columns, checked = (write_chain("41 - 54 + 9", "-4", style) for style in ("columns", "checked"))
+    assert checked == f"{columns}\n{REMARK}"
+
+
+def test_a_hasty_chain_leaves_out_the_last_term():
+    columns = write_chain("41 - 54 + 9 + 99", "95", "columns").splitlines()
+    assert write_hasty_chain("41 - 54 + 9 + 99") == ("\n".join(columns[:2]), "-4")
+    with pytest.raises(ValueError, match="expected three terms"):
+        write_hasty_chain("41 - 54")
 
 
 @pytest.mark.parametrize("style", ["columns", "checked", "running", "answer"])
