@@ -3,7 +3,8 @@
 A fixed number of slots decode together, some steps a call; between calls the host reads the tokens, and a slot whose
 sample has ended gets the next one. Prompts are prefilled ahead, in lanes of their own (`programs.py` has the picture), so
 that a free slot does not wait. All programs have fixed shapes: they are compiled once for an engine, and again only when a
-prompt comes that is longer than any before and outgrows the cache (`layout.py`).
+prompt comes that is longer than any before and outgrows the cache, or once for each capacity that a large cache grows through
+(`layout.py`).
 """
 
 import collections
@@ -20,7 +21,19 @@ import numpy as np
 from dqjax.models.cache import Cache, make_cache
 from dqjax.models.decoder import Decoder
 from dqjax.rollout.layout import Layout, plan_layout
-from dqjax.rollout.programs import NEVER, NOTHING, Admission, Decoding, Made, Slots, admit, decode, make_slots, prefill
+from dqjax.rollout.programs import (
+    NEVER,
+    NOTHING,
+    Admission,
+    Decoding,
+    Made,
+    Slots,
+    admit,
+    decode,
+    make_slots,
+    prefill,
+    resize,
+)
 from dqjax.rollout.sampling import Sampling
 from dqjax.rollout.stops import StopStrings, ThinkingEnd
 from dqjax.types import Params
@@ -115,6 +128,7 @@ class Engine:
         self.unstack = jax.jit(decoder.unstack, out_shardings=decoder.unstacked_shardings())
         self.prefill = jax.jit(functools.partial(prefill, decoder), donate_argnums=1, out_shardings=cache)
         self.admit = jax.jit(admit, donate_argnums=0, out_shardings=slots)
+        self.resize = jax.jit(resize, static_argnums=1, out_shardings=layer)
         self.decode = jax.jit(
             functools.partial(decode, decoder, self.fixed),
             donate_argnums=1,
@@ -169,20 +183,26 @@ class _Answer:
     """A sample in a slot; `force_at` is decided once it has as many tokens as its thinking may."""
 
     number: int
-    budget: int | None
+    prompt: Prompt
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     force_at: int | None = None
 
     def bounds(self, limit: int, end: ThinkingEnd | None) -> tuple[int, int]:
         """(stop_at, force_at) of the next call: at its budget a sample pauses, so that its text can be looked at."""
-        if self.budget is None:
+        budget = self.prompt.thinking_budget
+        if budget is None:
             return limit, NEVER
-        if len(self.token_ids) < self.budget:
-            return min(self.budget, limit), NEVER
+        if len(self.token_ids) < budget:
+            return min(budget, limit), NEVER
         if self.force_at is None:
-            self.force_at = NEVER if end.ended(self.token_ids) else self.budget
+            self.force_at = NEVER if end.ended(self.token_ids) else budget
         return limit, self.force_at
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and sample."""
+        return len(self.prompt.token_ids) + len(self.token_ids)
 
     def sample(self, length: int, finish_reason: Literal["stop", "length"], stop: str | None, closing: int) -> Sample:
         start = length if self.force_at is None else min(self.force_at, length)
@@ -258,7 +278,7 @@ class _Run:
         decoder = self._engine.decoder
         self._slots = self._prefilled = None  # before there are two
         layout = self._layout = self._engine.layout(prompt_tokens)
-        self._slots = make_slots(decoder, slots=layout.slots, capacity=layout.capacity)
+        self._slots = make_slots(decoder, slots=layout.slots, capacity=layout.capacities[0])
         self._prefilled = make_cache(
             decoder.config, decoder.rules, rows=layout.lanes, capacity=layout.room, dtype=decoder.dtype
         )
@@ -285,13 +305,29 @@ class _Run:
             values = (slot, i, len(lane.token_ids) - 1, lane.token_ids[-1], prompt.seed & 0xFFFFFFFF)
             for array, value in zip(entry, values):
                 array[k] = value
-            self._answers[slot] = _Answer(number, prompt.thinking_budget)
+            self._answers[slot] = _Answer(number, prompt)
             if not lane.waiting:
                 del self._lanes[i]
         self._slots = self._engine.admit(self._slots, self._prefilled, entry)
 
+    def _resize(self) -> None:
+        """Fits the slots' cache to the longest sample, one layer after another: only one is there twice."""
+        cache = self._slots.cache
+        needed = max(answer.length for answer in self._answers.values()) + self._engine.fixed.steps
+        capacity = self._layout.capacity_for(needed, cache.capacity)
+        if capacity == cache.capacity:
+            return
+        keys, values, lengths = list(cache.keys), list(cache.values), cache.lengths
+        rest = self._slots._replace(cache=None)
+        del self._slots, cache
+        for layers in keys, values:
+            for i in range(len(layers)):
+                layers[i] = self._engine.resize(layers[i], capacity)
+        self._slots = rest._replace(cache=Cache(tuple(keys), tuple(values), lengths))
+
     def _decode(self) -> None:
         engine = self._engine
+        self._resize()
         stop_at, force_at = np.zeros(self._layout.slots, np.int32), np.full(self._layout.slots, NEVER, np.int32)
         for slot, answer in self._answers.items():
             stop_at[slot], force_at[slot] = answer.bounds(engine.limit, engine.thinking_end)

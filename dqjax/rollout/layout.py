@@ -3,6 +3,10 @@
 The cache is dense, a row of `capacity` positions for each slot. Pages would hold more sequences of unlike lengths in the
 same memory, but then attention has to gather its keys: in plain XLA that copies the cache at every step, and a kernel that
 follows page tables costs what it saves where, as here, all sequences of a batch have the same limit.
+
+Decode attention in plain XLA reads whole rows, however short the sequences are. There a large cache is as long as its
+longest sequence needs, in steps of a quarter (`Layout.capacities`): it grows by a copy, which costs about what one decoding
+step does, and shrinks again once half of it would do. The kernel for TPU reads no further than a sequence is long.
 """
 
 import dataclasses
@@ -10,6 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dqjax.kernels.decode_attention.api import default_backend
 from dqjax.models.config import ModelConfig
 from dqjax.sharding import Rules
 
@@ -17,6 +22,7 @@ LEAST_ROOM = 64
 CHUNK = 256
 PREFILL_TOKENS = 4096  # of one prefill call: enough for the products to be bound by arithmetic
 LANE_SHARE = 8  # lanes take at most one part in so many of the slots' memory
+GROWS_FROM = 2**30  # bytes of the slots' cache: reading less is quicker than compiling programs for several lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +36,25 @@ class Layout:
 
     Attributes:
       slots, lanes: multiples of the mesh's batch shards.
-      capacity: positions of a slot: `room` and the longest answer.
+      capacities: positions of a slot, rising; the last holds `room` and the longest answer.
       room: positions of a lane, at least those of any prompt but its last token.
     """
 
     slots: int
-    capacity: int
+    capacities: tuple[int, ...]
     lanes: int
     room: int
     chunk: int
 
     @property
     def positions(self) -> int:
-        """Positions held by both caches."""
-        return self.slots * self.capacity + self.lanes * self.room
+        """Positions held by both caches at most."""
+        return self.slots * self.capacities[-1] + self.lanes * self.room
+
+    def capacity_for(self, positions: int, now: int) -> int:
+        """The capacity to change to from `now`, where so many positions are needed: `now`, unless it is short or twice that."""
+        fitting = next((c for c in self.capacities if c >= positions), self.capacities[-1])
+        return now if fitting <= now < 2 * fitting else fitting
 
 
 def plan_layout(
@@ -67,17 +78,19 @@ def plan_layout(
     """
     shards = rules.batch_shards
     room = max(LEAST_ROOM, 1 << (prompt_tokens - 2).bit_length() if prompt_tokens > 2 else 0)
-    capacity = room + max_new_tokens
-    capacity += -capacity % (64 if capacity < 1024 else 256)
+    capacity = _rounded(room + max_new_tokens)
     chunk = min(room, CHUNK)
+    per_position = position_bytes(config, rules, dtype)
+    whole_rows = default_backend(rules.mesh.devices.flat[0].platform) != "tpu"
 
     def with_slots(slots: int) -> Layout:
         lanes = min(PREFILL_TOKENS // chunk, slots, slots * capacity // (LANE_SHARE * room))
-        return Layout(slots, capacity, max(lanes // shards, 1) * shards, room, chunk)
+        grows = whole_rows and slots // shards * capacity * per_position >= GROWS_FROM
+        capacities = _steps(room, capacity) if grows else (capacity,)
+        return Layout(slots, capacities, max(lanes // shards, 1) * shards, room, chunk)
 
     if cache_bytes is None:
         return with_slots(rows)
-    per_position = position_bytes(config, rules, dtype)
     for slots in range(rows, 0, -shards):
         layout = with_slots(slots)
         if layout.positions // shards * per_position <= cache_bytes:
@@ -87,6 +100,17 @@ def plan_layout(
         f"{with_slots(shards).positions // shards * per_position / 2**30:.2f} GiB a device, and its budget is "
         f"{cache_bytes / 2**30:.2f} GiB; raise the budget, or lower the limit of new tokens"
     )
+
+
+def _rounded(capacity: int) -> int:
+    return capacity + -capacity % (64 if capacity < 1024 else 256)
+
+
+def _steps(room: int, capacity: int) -> tuple[int, ...]:
+    steps = [_rounded(room + 1)]
+    while steps[-1] < capacity:
+        steps.append(min(_rounded(steps[-1] * 5 // 4), capacity))
+    return tuple(steps)
 
 
 def position_bytes(config: ModelConfig, rules: Rules, dtype: DTypeLike) -> int:

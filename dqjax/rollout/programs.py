@@ -120,6 +120,11 @@ def admit(slots: Slots, lanes: Cache, entry: Admission) -> Slots:
     )
 
 
+def resize(layer: Float[Array, "B S K H"], capacity: int) -> Float[Array, "B C K H"]:
+    """Keys or values of a layer with `capacity` positions, the first ones kept."""
+    return jnp.pad(layer[:, :capacity], ((0, 0), (0, max(capacity - layer.shape[1], 0)), (0, 0), (0, 0)))
+
+
 def decode(
     decoder: Decoder,
     fixed: Decoding,

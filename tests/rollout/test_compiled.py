@@ -39,7 +39,7 @@ def compiled():
         names = ("batch", None, "kv_heads", None) if x.ndim == 4 else ("batch",)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or rules.sharding(names, x.shape))
 
-    slots = jax.tree.map(shape, jax.eval_shape(lambda: make_slots(here, slots=layout.slots, capacity=layout.capacity)))
+    slots = jax.tree.map(shape, jax.eval_shape(lambda: make_slots(here, slots=layout.slots, capacity=layout.capacities[-1])))
     lanes = {"rows": layout.lanes, "capacity": layout.room, "dtype": jnp.bfloat16}
     lanes = jax.tree.map(shape, jax.eval_shape(lambda: make_cache(CONFIG, here.rules, **lanes)))
     params = jax.tree.map(shape, jax.eval_shape(decoder.unstack, decoder.shapes()), decoder.unstacked_shardings())

@@ -10,6 +10,7 @@ import pytest
 from dqjax.models.config import SIZES
 from dqjax.models.decoder import Decoder
 from dqjax.rollout import engine as engine_module
+from dqjax.rollout import layout as layout_module
 from dqjax.rollout.engine import Engine, Prompt
 from dqjax.rollout.sampling import Sampling
 from dqjax.rollout.stops import StopStrings, ThinkingEnd
@@ -197,11 +198,28 @@ def test_the_cache_fits_its_budget(model):
     position = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, size, bytes
     for slots in (1, 3):
         layout = engine(decoder, rows=8, cache_bytes=position * (slots * 128 + 64)).layout(20)
-        assert (layout.slots, layout.lanes, layout.capacity, layout.room) == (slots, 1, 128, 64)
+        assert (layout.slots, layout.lanes, layout.capacities, layout.room) == (slots, 1, (128,), 64)
     small = engine(decoder, rows=8, cache_bytes=position * (3 * 128 + 64))
     assert ids_of(small.generate(params, PROMPTS[:4])) == ids_of(engine(decoder).generate(params, PROMPTS[:4]))
     with pytest.raises(ValueError, match="takes 0.00 GiB a device, and its budget is 0.00 GiB"):
         list(engine(decoder, cache_bytes=position).generate(params, PROMPTS))
+
+
+def test_a_large_cache_grows_and_shrinks_with_its_longest_sample(model, monkeypatch):
+    decoder, params = model
+    options = {"rows": 2, "max_new_tokens": 400, "stop_ids": [18]}
+    prompts = [Prompt((1, 2, 3), seed) for seed in range(40)]
+    expected = ids_of(engine(decoder, **options).generate(params, prompts))
+    monkeypatch.setattr(layout_module, "GROWS_FROM", 0)
+    e = engine(decoder, **options)
+    assert e.layout(3).capacities == (128, 192, 256, 320, 448, 512)
+    capacities, decode = [], e.decode
+    e.decode = lambda params, slots, *bounds: capacities.append(slots.cache.capacity) or decode(params, slots, *bounds)
+    assert ids_of(e.generate(params, prompts)) == expected
+    changes = np.diff(capacities)
+    longest = max(map(len, expected))
+    assert max(capacities) >= longest + 3 and (changes > 0).any() and (changes < 0).any()
+    assert min(capacities) == 128
 
 
 def test_a_thinking_budget_ends_thinking(model):
