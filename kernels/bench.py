@@ -2,6 +2,7 @@
 
     python -m dqjax.bench kernels --out kernels/results/h200.json      shapes of Qwen3 training and sampling
     python -m dqjax.bench kernels --size small --only decode           seconds on a CPU; proves that it runs
+    python -m dqjax.bench kernels --table kernels/results/h200.json    the table of earlier results, in Markdown
 
 Every candidate is checked against float32 logits on part of the problem before it is timed (`measure.py`); one that is
 missing, wrong or fails is listed with the reason. Times are milliseconds, memory bytes beyond the inputs with outputs
@@ -12,6 +13,7 @@ import argparse
 import datetime
 import json
 import logging
+import math
 import pathlib
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dqjax.kernels import peers
-from dqjax.kernels.attention.api import attention, make_plan
+from dqjax.kernels.attention.api import attention, make_plan, packed_backend
 from dqjax.kernels.decode_attention.api import decode_attention
 from dqjax.kernels.linear_logprob.api import TeacherHead, linear_cross_entropy, linear_kl, linear_logprob
 from dqjax.kernels.measure import Candidate, jax_candidate, measure, torch_candidate
@@ -61,12 +63,12 @@ class VocabularyCase(NamedTuple):
 CASES: dict[str, dict[str, list[Any]]] = {
     "full": {
         "attention": [
-            AttentionCase(4, 4096, 0, 32, 8, 128),
-            AttentionCase(1, 16384, 0, 32, 8, 128),
-            AttentionCase(1, 32768, 0, 28, 4, 128),
-            AttentionCase(4, 4096, 0, 14, 2, 64),
             AttentionCase(2, 8192, 1024, 32, 8, 128),
             AttentionCase(1, 32768, 2048, 32, 8, 128),
+            AttentionCase(4, 4096, 0, 32, 8, 128),
+            AttentionCase(1, 16384, 0, 32, 8, 128),
+            AttentionCase(4, 4096, 0, 14, 2, 64),
+            AttentionCase(1, 32768, 0, 28, 4, 128),
         ],
         "decode": [DecodeCase(64, 8192, 32, 8, 128), DecodeCase(256, 2048, 16, 8, 128)],
         "vocabulary": [VocabularyCase(16384, 1024, 151936), VocabularyCase(8192, 4096, 151936)],
@@ -85,11 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m dqjax.bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write; e.g. kernels/results/h200.json")
+    parser.add_argument("--table", type=pathlib.Path, metavar="FILE", help="print this file's results and stop")
     parser.add_argument("--size", choices=CASES, default="full")
     parser.add_argument("--only", choices=CASES["full"], nargs="+", default=list(CASES["full"]))
     parser.add_argument("--repetitions", type=int, default=4, help="n of n and 2n")
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args(argv)
+    if options.table:
+        print(markdown(json.loads(options.table.read_text())))
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results: dict[str, Any] = {"machine": _machine(), "ceilings": _ceilings(options), "cases": []}
     failed = False
@@ -105,6 +111,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                     options.out.parent.mkdir(parents=True, exist_ok=True)
                     options.out.write_text(json.dumps(results, indent=1) + "\n")
     return int(failed)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table of the attention cases: milliseconds of the best candidate of each library, the least of a row in bold."""
+    rows = [row for row in results["cases"] if row["kernel"] == "attention"]
+    names = list(dict.fromkeys(name.split("_")[0] for row in rows for name in row["results"]))
+    lines = ["| Rows | Heads | Pass | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for row in rows:
+        ms: dict[str, float] = {}
+        for name, result in row["results"].items():
+            library = name.split("_")[0]
+            if "ms" in result:
+                ms[library] = min(result["ms"], ms.get(library, math.inf))
+        best = min(ms.values())
+        figures = (f"**{ms[n]:.2f}**" if ms.get(n) == best else f"{ms[n]:.2f}" if n in ms else "" for n in names)
+        shape = f"{row['B']} × {row['T']}, " + (f"documents of about {row['mean']}" if row["mean"] else "one document")
+        heads = f"{row['N']}/{row['K']} of {row['H']}"
+        lines.append(f"| {shape} | {heads} | {row['direction']} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
 
 
 Named = dict[str, Callable[[], Candidate]]
@@ -130,7 +155,7 @@ def _attention(case: AttentionCase) -> Iterable[tuple[str, float, Named]]:
 
         return f
 
-    functions = {f"dqjax_{backend}": ours(backend) for backend in _our_backends()}
+    functions = {f"dqjax_{backend}": ours(backend) for backend in _our_backends(packed=True)}
     for more in (lambda: peers.jax_attention(lengths, segment_ids), lambda: peers.flash_attention_3(lengths)):
         functions |= _installed(more)
 
@@ -237,8 +262,12 @@ GENERATORS: dict[str, Callable[[Any], Iterable[tuple[str, float, Named]]]] = {
 }
 
 
-def _our_backends() -> tuple[str, ...]:
-    return ("tpu", "xla") if jax.default_backend() == "tpu" else ("xla",)
+def _our_backends(packed: bool = False) -> tuple[str, ...]:
+    """Ours by name; with `packed`, those for bfloat16 rows of documents."""
+    device = jax.devices()[0]
+    if device.platform == "gpu" and packed:
+        return tuple(dict.fromkeys((packed_backend(device, jnp.bfloat16, 128), "xla")))
+    return ("tpu", "xla") if device.platform == "tpu" else ("xla",)
 
 
 def _documents(rng: np.random.Generator, total: int, mean: int) -> list[int]:
@@ -290,10 +319,10 @@ def _run(named: Named, flops: float, options: argparse.Namespace) -> dict[str, d
 def _ceilings(options: argparse.Namespace) -> dict[str, float]:
     """The rate of a large bfloat16 product, and of a copy, in this run."""
     n = 8192 if options.size == "full" else 256
-    a = jnp.ones((n, n), jnp.bfloat16)
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
     candidates = {
-        "product": jax_candidate(lambda a, b: a @ b, (a, a)),
-        "copy": jax_candidate(lambda a: a + 1, (jnp.ones((n, n), jnp.float32),)),
+        "product": jax_candidate(lambda a, b: a @ b, (a, b)),
+        "copy": jax_candidate(lambda a: a + 1, (jax.random.normal(jax.random.key(1), (n, n)),)),
     }
     times = measure(candidates, repetitions=options.repetitions, rounds=options.rounds)
     return {

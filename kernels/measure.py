@@ -4,7 +4,6 @@ A candidate runs n and then 2n dependent repetitions; its time is (t₂ₙ - t�
 host's clock fall out. Candidates take turns, and the median over the rounds is reported with its spread.
 """
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +44,7 @@ def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candi
     wait for each other and nothing can be moved out of the loop.
     """
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @jax.jit
     def repeat(repetitions, *operands):
         def once(_, operands):
             part = sum(r.reshape(-1)[-1].astype(jnp.float32) for r in jax.tree.leaves(f(*operands)))

@@ -104,7 +104,7 @@ def attention(
         out, lse = reference_attention(q, k, v, tokens, variant)
     elif backend in KERNELS:
         if plan is None:
-            plan = _plan(backend, tokens, causal, window, None, in_order)
+            plan = _plan(backend, tokens, causal, window, None, in_order, kv_segment_ids is None and T == S)
         else:
             _check_plan(plan, backend, T, S, causal, window)
         arrays = q, k, v, tokens, plan
@@ -147,7 +147,8 @@ def make_plan(
     S = T if kv_segment_ids is None else kv_segment_ids.shape[1]
     tokens = complete_tokens(B, T, S, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
     backend = packed_backend(jax.devices()[0], jnp.bfloat16, 128) if backend is None else backend
-    return _plan(backend, tokens, causal, window, blocks, q_positions is None and kv_positions is None)
+    in_order = q_positions is None and kv_positions is None
+    return _plan(backend, tokens, causal, window, blocks, in_order, kv_segment_ids is None)
 
 
 def default_blocks(backend: str, length_q: int, length_kv: int) -> tuple[int, int]:
@@ -164,10 +165,16 @@ def default_blocks(backend: str, length_q: int, length_kv: int) -> tuple[int, in
 
 
 def _plan(
-    backend: str, tokens: Tokens, causal: bool, window: int | None, blocks: tuple[int, int] | None, in_order: bool
+    backend: str,
+    tokens: Tokens,
+    causal: bool,
+    window: int | None,
+    blocks: tuple[int, int] | None,
+    in_order: bool,
+    shared: bool,
 ) -> Plan | IntervalPlan:
     if backend == "mosaic_gpu":
-        plan = build_intervals(tokens, causal=causal, window=window)
+        plan = build_intervals(tokens, causal=causal, window=window, shared=shared and in_order)
         check_order(plan)
         return plan
     block_q, block_kv = blocks or default_blocks(backend, tokens.q_segment_ids.shape[1], tokens.kv_segment_ids.shape[1])

@@ -45,13 +45,14 @@ OUT_OF_ORDER = -1
 class IntervalPlan:
     """The intervals of a batch of rows; a pytree whose arrays lead with B and are sharded like the batch.
 
-    A tile's work is `steps` blocks of the other side, the first at token `start`; those of `whole_from <= step <
-    whole_to` need no mask. Tiles are listed by falling work, so that the last ones to run are short.
+    A tile's work is `steps` blocks of the other side, the first at token `start * ALIGNED`. Steps below `lower_to` need
+    a mask for one end of the intervals, steps from `upper_from` on for the other. Tiles are listed by falling work, so
+    that the last ones to run are short.
 
     Attributes:
       lower, upper: [B, T'] int32 with T' whole tiles; both 0 where a query sees nothing.
-      q_tiles: [B, T' / TILE, 5] int32: tile of queries, start, steps of STEP_KV keys, whole_from, whole_to.
-      kv_tiles: [B, S' / TILE, 5] int32: tile of keys, start, steps of STEP_Q queries, whole_from, whole_to.
+      q_tiles: [B, T' / TILE, 5] int32: tile of queries, start, steps of STEP_KV keys, lower_to, upper_from.
+      kv_tiles: [B, S' / TILE, 5] int32: tile of keys, start, steps of STEP_Q queries, lower_to, upper_from.
       length_q, length_kv: tokens in a row.
       causal, window: the mask that the plan was made for.
     """
@@ -66,15 +67,17 @@ class IntervalPlan:
     window: int | None
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "window"))
-def build_intervals(tokens: Tokens, *, causal: bool, window: int | None) -> IntervalPlan:
+@functools.partial(jax.jit, static_argnames=("causal", "window", "shared"))
+def build_intervals(tokens: Tokens, *, causal: bool, window: int | None, shared: bool) -> IntervalPlan:
     """The plan of `tokens`, whose kv_positions count along the row.
+
+    With `shared`, queries and keys are the same tokens and no positions are given, which takes less work.
 
     Rows whose segment ids fall somewhere, whose padding lies between documents, or whose queries' intervals move
     backwards cannot be told in intervals: they are marked `OUT_OF_ORDER`.
     """
     T, S = tokens.q_segment_ids.shape[1], tokens.kv_segment_ids.shape[1]
-    lower, upper, in_order = _intervals(tokens, causal, window)
+    lower, upper, in_order = _intervals(tokens, causal, window, shared)
     t, s = (-(-length // TILE) * TILE for length in (T, S))
     lower, upper = (jnp.pad(x, ((0, 0), (0, t - T))) for x in (lower, upper))
     q_tiles, kv_tiles = _tiles_of_queries(lower, upper, s), _tiles_of_keys(lower, upper, s)
@@ -95,17 +98,19 @@ def check_order(plan: IntervalPlan) -> None:
 
 
 def _intervals(
-    tokens: Tokens, causal: bool, window: int | None
+    tokens: Tokens, causal: bool, window: int | None, shared: bool
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B"]]:
-    q_segments, q_positions = tokens.q_segment_ids, tokens.q_positions
-    kv_segments = tokens.kv_segment_ids
-    begun = jax.lax.cummax(kv_segments, axis=1) > 0
-    kv_segments = jnp.where(kv_segments != 0, kv_segments, jnp.where(begun, jnp.iinfo(jnp.int32).max, 0))
-
-    def place(side):
-        return jax.vmap(functools.partial(jnp.searchsorted, side=side))(kv_segments, q_segments).astype(jnp.int32)
-
-    lower, upper = place("left"), place("right")
+    """lower, upper, and whether a row's intervals say what its segment ids and positions do."""
+    q_segments, kv_segments, q_positions = tokens.q_segment_ids, tokens.kv_segment_ids, tokens.q_positions
+    in_order = _in_order(kv_segments) & _in_order(q_segments)
+    if shared:
+        lower, upper = _documents(q_segments)
+    else:
+        lower = jnp.sum(kv_segments[:, None, :] < q_segments[:, :, None], axis=2)
+        upper = lower + jnp.sum(kv_segments[:, None, :] == q_segments[:, :, None], axis=2)
+        # Padding behind the documents counts as smaller than they are; only padding before them is.
+        padding = jnp.sum(jnp.cumprod(kv_segments == 0, axis=1), axis=1) - jnp.sum(kv_segments == 0, axis=1)
+        lower, upper = lower + padding[:, None], upper + padding[:, None]
     if causal:
         upper = jnp.minimum(upper, q_positions + 1)
     elif window is not None:
@@ -113,10 +118,43 @@ def _intervals(
     if window is not None:
         lower = jnp.maximum(lower, q_positions - window + 1)
     some = (q_segments != 0) & (lower < upper)
-    running = jax.lax.cummax(jnp.where(some, lower, 0), axis=1), jax.lax.cummax(jnp.where(some, upper, 0), axis=1)
-    in_order = jnp.all(jnp.diff(kv_segments, axis=1) >= 0, axis=1)
-    in_order &= jnp.all(~some | ((lower == running[0]) & (upper == running[1])), axis=1)
-    return jnp.where(some, lower, 0), jnp.where(some, upper, 0), in_order
+    both = some[:, 1:] & some[:, :-1]
+    back = both & ((jnp.diff(lower, axis=1) < 0) | (jnp.diff(upper, axis=1) < 0))
+    in_order &= ~jnp.any(back, axis=1)
+    return (*(jnp.where(some, x, 0).astype(jnp.int32) for x in (lower, upper)), in_order)
+
+
+def _in_order(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B"]:
+    """Whether the documents of a row rise along it, with padding before and behind them only."""
+    left, right = segment_ids[:, :-1], segment_ids[:, 1:]
+    begins = jnp.sum((left == 0) & (right != 0), axis=1)
+    ends = jnp.sum((left != 0) & (right == 0), axis=1)
+    falls = jnp.any((left > right) & (right != 0), axis=1)
+    return ~falls & (begins <= (segment_ids[:, 0] == 0)) & (ends <= 1)
+
+
+def _documents(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """First token of each token's document, and the first behind it."""
+    T = segment_ids.shape[1]
+    at = jnp.arange(T)
+    differ = jnp.diff(segment_ids, axis=1) != 0
+    begins = jnp.pad(differ, ((0, 0), (1, 0)), constant_values=True)
+    ends = jnp.pad(differ, ((0, 0), (0, 1)), constant_values=True)
+    lower = _running_max(jnp.where(begins, at, 0))
+    upper = T - _running_max(jnp.where(ends, T - 1 - at, 0)[:, ::-1])[:, ::-1]
+    return lower, upper
+
+
+def _running_max(x: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Largest of the values so far, none below 0: within tiles and over them, two passes instead of log T."""
+    B, T = x.shape
+    tiles = jnp.pad(x, ((0, 0), (0, -T % TILE))).reshape(B, -1, TILE)
+    peaks = jnp.max(tiles, axis=2)
+    so_far = jnp.tril(jnp.ones((TILE, TILE), bool))
+    before = jnp.tril(jnp.ones((peaks.shape[1],) * 2, bool), -1)
+    within = jnp.max(jnp.where(so_far, tiles[:, :, None, :], 0), axis=3)
+    earlier = jnp.max(jnp.where(before, peaks[:, None, :], 0), axis=2)
+    return jnp.maximum(within, earlier[:, :, None]).reshape(B, -1)[:, :T]
 
 
 def _tiles_of_queries(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B I 5"]:
@@ -125,7 +163,7 @@ def _tiles_of_queries(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length
     some = lower < upper
     first = jnp.min(jnp.where(some, lower, length_kv), axis=2)
     end = jnp.max(upper, axis=2)
-    return _listed(first, end, jnp.max(lower, axis=2), jnp.min(upper, axis=2), STEP_KV, length_kv)
+    return _listed(first, end, jnp.max(lower, axis=2), jnp.min(upper, axis=2), STEP_KV, length_kv, at_end=True)
 
 
 def _tiles_of_keys(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B J 5"]:
@@ -141,19 +179,24 @@ def _tiles_of_keys(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv
     def end(x):
         return jnp.max(jnp.where(x, at + 1, 0), axis=1)
 
-    return _listed(first(some), end(some), first(whole), end(whole), STEP_Q, T)
+    return _listed(first(some), end(some), first(whole), end(whole), STEP_Q, T, at_end=False)
 
 
-def _listed(first, end, whole_first, whole_end, size: int, length: int) -> Int[Array, "B I 5"]:
+def _listed(first, end, whole_first, whole_end, size: int, length: int, at_end: bool) -> Int[Array, "B I 5"]:
     """The work of tiles that need the tokens first <= x < end in steps of `size`, by falling number of steps.
 
-    The steps lie inside the row: the last ones of it start earlier rather than hang over.
+    Steps are laid out from the end that causality cuts, so that its edge falls into as few of them as it can: the last
+    one ends at `end` or the first begins at `first`. All lie inside the row.
     """
-    first = first // ALIGNED * ALIGNED
+    first, end = first // ALIGNED * ALIGNED, -(-end // ALIGNED) * ALIGNED
     steps = jnp.maximum(-(-(end - first) // size), 0)
-    start = jnp.clip(first, 0, length - steps * size)
-    whole_from = jnp.clip(-(-(whole_first - start) // size), 0, steps)
-    whole_to = jnp.clip((whole_end - start) // size, whole_from, steps)
-    order = jnp.argsort(-steps, axis=1, stable=True)
-    table = jnp.stack([jnp.zeros_like(steps) + jnp.arange(steps.shape[1]), start, steps, whole_from, whole_to], axis=-1)
-    return jnp.take_along_axis(table, order[:, :, None], axis=1).astype(jnp.int32)
+    start = jnp.clip(end - steps * size if at_end else first, 0, length - steps * size)
+    lower_to = jnp.clip(-(-(whole_first - start) // size), 0, steps)
+    upper_from = jnp.clip((whole_end - start) // size, 0, steps)
+    tile = jnp.broadcast_to(jnp.arange(steps.shape[1]), steps.shape)
+    table = jnp.stack([tile, start // ALIGNED, steps, lower_to, upper_from], axis=-1)
+    # A sort would take longer than the attention of a short row: each tile counts those before it, in one fused pass.
+    mine, other = (steps[:, :, None], tile[:, :, None]), (steps[:, None, :], tile[:, None, :])
+    place = jnp.sum((other[0] > mine[0]) | ((other[0] == mine[0]) & (other[1] < mine[1])), axis=2)
+    chosen = place[:, :, None] == tile[:, None, :]
+    return jnp.sum(jnp.where(chosen[..., None], table[:, :, None], 0), axis=1).astype(jnp.int32)

@@ -8,6 +8,7 @@ are masked.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from dqjax.kernels.varying import typed_shape, varying_axes
 LOG2E = math.log2(math.e)
 ROWS = TILE // 2
 """Rows of a warpgroup."""
+
+SMS = 132
+"""Multiprocessors of an H100 or H200; on a chip with fewer, some blocks of threads wait for a place."""
 
 STAGES = 2
 """Blocks of keys and values on their way or in use."""
@@ -45,24 +49,23 @@ def forward(
     del tokens
     (B, T, N, H), K = q.shape, k.shape[2]
     q, k, v = (whole_tiles(x) for x in (q, k, v))
-    tiles, axes = q.shape[1] // TILE, varying_axes((q, k, v, plan))
+    axes = varying_axes((q, k, v, plan))
+    work = Work(N, q.shape[1] // TILE, B)
     out, lse = plgpu.kernel(
-        functools.partial(_forward_kernel, variant=variant, group=N // K),
+        functools.partial(_forward_kernel, variant=variant, group=N // K, work=work),
         out_type=(typed_shape(q.shape, q.dtype, axes), typed_shape((B, N, q.shape[1]), jnp.float32, axes)),
         scratch_types=dict(
-            q_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
+            q_smem=plgpu.SMEM((TILE, H), q.dtype, transforms=TRANSFORMS),
             k_smem=plgpu.SMEM((STAGES, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
             v_smem=plgpu.SMEM((STAGES, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
+            out_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
             lse_smem=plgpu.SMEM((2, ROWS), jnp.float32),
-            q_here=plgpu.Barrier(num_barriers=2),
+            q_here=plgpu.Barrier(),
             k_here=plgpu.Barrier(num_barriers=STAGES),
             v_here=plgpu.Barrier(num_barriers=STAGES),
-            k_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            v_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            turn=plgpu.Barrier(num_arrivals=2),
         ),
-        grid=(N, tiles, B),
-        grid_names=("head", "tile", "row"),
+        grid=(min(SMS, math.prod(work)),),
+        grid_names=("sm",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=PARAMS,
@@ -71,9 +74,45 @@ def forward(
     return out[:, :T], lse[:, :, :T].transpose(0, 2, 1)
 
 
+class Work(NamedTuple):
+    """The tiles of all heads and rows, dealt to the multiprocessors in turn.
+
+    Tiles of a head run side by side and share its keys in the cache. They come by falling work for one head and by
+    rising work for the next, so that everyone's share weighs the same; the last head's shortest tiles come last.
+    """
+
+    heads: int
+    tiles: int
+    rows: int
+
+    def share(self, sm):
+        """How many of them fall to a multiprocessor."""
+        return lax.div(math.prod(self) - sm + SMS - 1, SMS)
+
+    def item(self, sm, turn, table):
+        """head, row, and the five numbers of the plan's entry; those of the last item past the end."""
+        n = jnp.minimum(sm + turn * SMS, math.prod(self) - 1)
+        row, index, head = lax.rem(n, self.rows), lax.rem(n // self.rows, self.tiles), n // (self.rows * self.tiles)
+        rising = lax.rem(self.heads - 1 - head, 2) == 1
+        return head, row, *tile_work(table, row, jnp.where(rising, self.tiles - 1 - index, index))
+
+
+def over_items(work: Work, sm, table, body):
+    """Runs `body(item, steps before it) -> None` for the items of a multiprocessor, reading one entry ahead."""
+
+    def one(turn, carry):
+        before, (head, row, tile, start, steps, *masks) = carry
+        upcoming = work.item(sm, turn + 1, table)
+        body((head, row, tile, start * ALIGNED, steps, *masks), before)
+        return before + steps, upcoming
+
+    lax.fori_loop(0, work.share(sm), one, (jnp.int32(0), work.item(sm, jnp.int32(0), table)))
+
+
 def why_not_mosaic_gpu(dtype: jax.typing.DTypeLike, head_size: int, scale: float, *, kv_positions: bool) -> str | None:
     """The first thing of a call that these kernels cannot do, or None."""
     reasons = {
+        "its work under jax before 0.11.2": jax.__version_info__ < (0, 11, 2),
         "positions of the keys": kv_positions,
         "a dtype other than bfloat16 and float16": dtype not in (jnp.bfloat16, jnp.float16),
         "a head size other than 64 and 128": head_size not in (64, 128),
@@ -88,9 +127,11 @@ def whole_tiles(x: Float[Array, "B T ..."]) -> Float[Array, "B T2 ..."]:
 
 
 def tile_work(table, row, index):
-    """The entry of a plan's tile table: tile, start, steps, whole_from, whole_to."""
-    tile, start, *steps = (table[row, index, i] for i in range(5))
-    return tile, pl.multiple_of(start, ALIGNED), *steps
+    """The entry of a plan's tile table: tile, start in units of `ALIGNED`, steps, lower_to, upper_from.
+
+    Only a product with `ALIGNED` next to its use shows the compiler that a copy is aligned.
+    """
+    return tuple(table[row, index, i] for i in range(5))
 
 
 def stretched(x, shape, dimension):
@@ -99,9 +140,14 @@ def stretched(x, shape, dimension):
 
 
 def columns_seen(shape, first_column, lower, upper):
-    """Where lower <= column < upper, with a column's number counted from `first_column` and bounds by row."""
+    """Where lower <= column < upper, with columns counted from `first_column` and bounds by row; None is no bound."""
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
-    return (column >= stretched(lower - first_column, shape, 0)) & (column < stretched(upper - first_column, shape, 0))
+    tests = []
+    if lower is not None:
+        tests.append(column >= stretched(lower - first_column, shape, 0))
+    if upper is not None:
+        tests.append(column < stretched(upper - first_column, shape, 0))
+    return functools.reduce(jnp.logical_and, tests)
 
 
 def bent_products(products, variant: Variant):
@@ -116,106 +162,170 @@ def bent_products(products, variant: Variant):
     return bent, variant.softcap * LOG2E, 1 - bent * bent
 
 
+class Handover(NamedTuple):
+    """Named barriers of the block of threads, on which a warp arrives at once (an mbarrier takes every thread apart).
+
+    The dialect uses the numbers below 4 itself.
+    """
+
+    first: int
+    threads: int
+
+    def arrive(self, index=0):
+        _bar("arrive", self.first + index, self.threads)
+
+    def wait(self, index=0):
+        _bar("sync", self.first + index, self.threads)
+
+
+def _bar(operation: str, number, threads: int):
+    from jax.experimental.mosaic.gpu.utils import inline_ptx  # new in jax 0.11
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def bar(_, number):
+        inline_ptx(f"bar.{operation} $0, {threads};", number.registers[()])
+
+    bar(jnp.int32(number))
+
+
+TURN = Handover(4, 256)
+"""One for each computing warpgroup; its owner waits on it and the other arrives."""
+
+Q_DONE = Handover(6, 288)
+K_DONE, V_DONE = Handover(7, 288), Handover(7 + STAGES, 288)
+"""Shared memory that both computing warpgroups have read, for the warp that fetches to fill again."""
+
+
 def _forward_kernel(
     q_ref, k_ref, v_ref, lower_ref, upper_ref, tiles_ref, out_ref, lse_ref,
-    *, q_smem, k_smem, v_smem, lse_smem, q_here, k_here, v_here, k_done, v_done, turn, variant, group,
+    *, q_smem, k_smem, v_smem, out_smem, lse_smem, q_here, k_here, v_here, variant, group, work,
 ):  # fmt: skip
-    row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
-    tile, start, steps, whole_from, whole_to = tile_work(tiles_ref, row, lax.axis_index("tile"))
-
-    def take_turns():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < 2)
     def compute():
-        plgpu.set_max_registers(232, action="increase")
-        rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-        q_mine = q_smem.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_mine, q_here.at[warpgroup])
-        lower, upper = (
-            plgpu.load(ref.at[row, rows], layout=BY_ROW, optimized=False) for ref in (lower_ref, upper_ref)
-        )
-        H = q_smem.shape[-1]
-        peak = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), BY_ROW)
-        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), WGMMA)
-        plgpu.barrier_wait(q_here.at[warpgroup])
+        plgpu.set_max_registers(240, action="increase")
+        q_mine = q_smem.at[pl.ds(warpgroup * ROWS, ROWS)]
+        Q_DONE.arrive()
+        for slot in range(STAGES):
+            K_DONE.arrive(slot)
+            V_DONE.arrive(slot)
 
-        @pl.when(steps > 0)
-        def first_keys():
-            plgpu.barrier_wait(k_here.at[0])
+        @pl.when(warpgroup == 1)
+        def second():
+            TURN.wait(warpgroup)
 
-        pl.when(warpgroup == 1)(take_turns)
+        def item(entry, before):
+            head, row, tile, start, steps, lower_to, upper_from = entry
+            rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+            lower, upper = (
+                plgpu.load(ref.at[row, rows], layout=BY_ROW, optimized=False) for ref in (lower_ref, upper_ref)
+            )
+            peak = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), BY_ROW)
+            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
+            acc = plgpu.layout_cast(jnp.zeros(out_smem.shape[1:], jnp.float32), WGMMA)
 
-        def step(i, carry, masked):
-            acc, peak, total = carry
-            slot = lax.rem(i, STAGES)
+            # An item without work takes no queries: it would wait for the other warpgroup's turn.
+            @pl.when(steps > 0)
+            def first_tiles():
+                plgpu.barrier_wait(q_here)
+                plgpu.barrier_wait(k_here.at[lax.rem(before, STAGES)])
 
-            def multiply_keys(products):
-                plgpu.wgmma(products, q_mine, k_smem.at[slot].T)
-                take_turns()
-                return products[...]
+            def step(lower, upper, i, carry):
+                acc, peak, total = carry
+                slot = lax.rem(before + i, STAGES)
 
-            products = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, STEP_KV), jnp.float32))
-            plgpu.barrier_arrive(k_done.at[slot])
-            x, factor, _ = bent_products(products, variant)
-            if masked:
-                see = columns_seen(x.shape, start + i * STEP_KV, lower, upper)
-                x = jnp.where(see, x, -jnp.inf)
-            new_peak = jnp.maximum(peak, x.max(axis=1) * factor)
-            shrink = jnp.exp2(peak - new_peak)
-            weights = jnp.exp2(x * factor - stretched(new_peak, x.shape, 0))
-            acc *= stretched(shrink, acc.shape, 0)
-            total = total * shrink + weights.sum(axis=1)
-            weights = weights.astype(q_smem.dtype)
-            # Keeps the softmax on this side of the barriers.
-            acc, total, new_peak, weights = lax.optimization_barrier((acc, total, new_peak, weights))
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(v_here.at[slot])
-            plgpu.barrier_wait(turn)
+                def multiply_keys(products):
+                    plgpu.wgmma(products, q_mine, k_smem.at[slot].T)
+                    TURN.arrive(1 - warpgroup)
+                    return products[...]
 
-            def multiply_values(acc):
-                plgpu.wgmma(acc, weights, v_smem.at[slot])
+                products = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, STEP_KV), jnp.float32))
+                K_DONE.arrive(slot)
 
-                @pl.when(i + 1 < steps)
-                def next_keys():
-                    plgpu.barrier_wait(k_here.at[lax.rem(i + 1, STAGES)])
+                # At once, not at the item's end: the first warpgroup may need the next queries to give the second its turn.
+                @pl.when(i + 1 == steps)
+                def queries_done():
+                    Q_DONE.arrive()
 
-            acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(v_done.at[slot])
-            return acc, new_peak, total
+                x, factor, _ = bent_products(products, variant)
+                if lower is not None or upper is not None:
+                    see = columns_seen(x.shape, start + i * STEP_KV, lower, upper)
+                    x = jnp.where(see, x, -jnp.inf)
+                new_peak = jnp.maximum(peak, x.max(axis=1) * factor)
+                shrink = jnp.exp2(peak - new_peak)
+                weights = jnp.exp2(x * factor - stretched(new_peak, x.shape, 0))
+                acc *= stretched(shrink, acc.shape, 0)
+                total = total * shrink + weights.sum(axis=1)
+                weights = weights.astype(q_smem.dtype)
+                # Keeps the softmax on this side of the barriers.
+                acc, total, new_peak, weights = lax.optimization_barrier((acc, total, new_peak, weights))
+                plgpu.barrier_wait(v_here.at[slot])
+                TURN.wait(warpgroup)
 
-        edge, whole = (functools.partial(step, masked=masked) for masked in (True, False))
-        carry = lax.fori_loop(0, whole_from, edge, (acc, peak, total))
-        carry = lax.fori_loop(whole_from, whole_to, whole, carry)
-        acc, peak, total = lax.fori_loop(whole_to, steps, edge, carry)
-        pl.when(warpgroup == 0)(take_turns)
+                def multiply_values(acc):
+                    plgpu.wgmma(acc, weights, v_smem.at[slot])
 
-        some = total > 0
-        inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
-        inverse = jnp.where(lower == OUT_OF_ORDER, jnp.nan, inverse)
-        q_mine[...] = (acc * stretched(inverse, acc.shape, 0)).astype(q_smem.dtype)
-        lse = peak * (1 / LOG2E) + jnp.log(jnp.where(some, total, 1.0))
-        lse_smem[warpgroup] = jnp.where(some, lse, MASKED)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_mine, out_ref.at[row, rows, head])
-        plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[row, head, rows])
+                    @pl.when(i + 1 < steps)
+                    def next_keys():
+                        plgpu.barrier_wait(k_here.at[lax.rem(before + i + 1, STAGES)])
+
+                acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
+                V_DONE.arrive(slot)
+                return acc, new_peak, total
+
+            first, last = jnp.minimum(lower_to, upper_from), jnp.maximum(lower_to, upper_from)
+            carry = lax.fori_loop(0, first, functools.partial(step, lower, None), (acc, peak, total))
+            carry = lax.fori_loop(first, upper_from, functools.partial(step, None, None), carry)
+            carry = lax.fori_loop(first, lower_to, functools.partial(step, lower, upper), carry)
+            acc, peak, total = lax.fori_loop(last, steps, functools.partial(step, None, upper), carry)
+
+            some = total > 0
+            inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
+            inverse = jnp.where(lower == OUT_OF_ORDER, jnp.nan, inverse)
+            lse = jnp.where(some, peak * (1 / LOG2E) + jnp.log(jnp.where(some, total, 1.0)), MASKED)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[warpgroup] = (acc * stretched(inverse, acc.shape, 0)).astype(out_smem.dtype)
+            lse_smem[warpgroup] = lse
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[row, rows, head], commit_group=False)
+            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[row, head, rows], commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
+
+        over_items(work, sm, tiles_ref, item)
+
+        @pl.when(warpgroup == 0)
+        def last_turn():
+            TURN.arrive(1)
+
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 2)
     def fetch():
-        plgpu.set_max_registers(40, action="decrease")
-        kv_head = lax.div(head, group)
+        plgpu.set_max_registers(24, action="decrease")
 
-        @pl.loop(0, steps)
-        def step(i):
-            slot = lax.rem(i, STAGES)
-            block = row, pl.ds(start + i * STEP_KV, STEP_KV), kv_head
-            for ref, smem, here, done in ((k_ref, k_smem, k_here, k_done), (v_ref, v_smem, v_here, v_done)):
+        @plgpu.warp_map
+        def one_warp(warp):
+            @pl.when(warp == 0)
+            def all_items():
+                def item(entry, before):
+                    head, row, tile, start, steps, _, _ = entry
 
-                @pl.when(i >= STAGES)
-                def used():
-                    plgpu.barrier_wait(done.at[slot])
+                    @pl.when(steps > 0)
+                    def queries():
+                        Q_DONE.wait()
+                        plgpu.copy_gmem_to_smem(q_ref.at[row, pl.ds(tile * TILE, TILE), head], q_smem, q_here)
 
-                plgpu.copy_gmem_to_smem(ref.at[block], smem.at[slot], here.at[slot])
+                    kv_head = lax.div(head, group)
+
+                    def step(i, _):
+                        slot = lax.rem(before + i, STAGES)
+                        block = row, pl.ds(start + i * STEP_KV, STEP_KV), kv_head
+                        K_DONE.wait(slot)
+                        plgpu.copy_gmem_to_smem(k_ref.at[block], k_smem.at[slot], k_here.at[slot])
+                        V_DONE.wait(slot)
+                        plgpu.copy_gmem_to_smem(v_ref.at[block], v_smem.at[slot], v_here.at[slot])
+
+                    lax.fori_loop(0, steps, step, None)
+
+                over_items(work, sm, tiles_ref, item)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from dqjax.kernels.attention import mosaic_gpu
-from dqjax.kernels.attention.intervals import STEP_KV, STEP_Q, TILE, IntervalPlan
+from dqjax.kernels.attention.intervals import ALIGNED, STEP_KV, STEP_Q, TILE, IntervalPlan
 from dqjax.kernels.attention.mask import Tokens, Variant
 from dqjax.kernels.attention.mosaic_gpu import (
     BY_COLUMN,
@@ -24,6 +24,7 @@ from dqjax.kernels.attention.mosaic_gpu import (
     ROWS,
     TRANSFORMS,
     WGMMA,
+    Handover,
     bent_products,
     columns_seen,
     forward,
@@ -94,7 +95,8 @@ def _dq_kernel(
     *, q_smem, do_smem, k_smem, v_smem, mine_here, k_here, v_here, k_done, v_done, variant, group,
 ):  # fmt: skip
     row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
-    tile, start, steps, whole_from, whole_to = tile_work(tiles_ref, row, lax.axis_index("tile"))
+    tile, start, steps, lower_to, upper_from = tile_work(tiles_ref, row, lax.axis_index("tile"))
+    start *= ALIGNED
 
     @pl.when(warpgroup < 2)
     def compute():
@@ -128,7 +130,7 @@ def _dq_kernel(
                         see = columns_seen(x.shape, start + i * STEP_KV, lower, upper)
                         return jnp.where(see, weights, 0.0)
 
-                    weights = lax.cond((i < whole_from) | (i >= whole_to), edge, lambda: weights)
+                    weights = lax.cond((i < lower_to) | (i >= upper_from), edge, lambda: weights)
                     return weights if slope is None else weights * slope, d_weights[...]
 
                 tile_type = plgpu.ACC((ROWS, STEP_KV), jnp.float32)
@@ -179,14 +181,14 @@ def _dkv(arrays, tiles, variant):
             do_smem=plgpu.SMEM((STAGES_Q, STEP_Q, H), q.dtype, transforms=TRANSFORMS),
             lse_smem=plgpu.SMEM((STAGES_Q, STEP_Q), jnp.float32),
             delta_smem=plgpu.SMEM((STAGES_Q, STEP_Q), jnp.float32),
+            lower_smem=plgpu.SMEM((STAGES_Q, STEP_Q), jnp.int32),
+            upper_smem=plgpu.SMEM((STAGES_Q, STEP_Q), jnp.int32),
             mine_here=plgpu.Barrier(num_barriers=2, num_arrivals=2),
-            q_here=plgpu.Barrier(num_barriers=STAGES_Q, num_arrivals=2),
+            q_here=plgpu.Barrier(num_barriers=STAGES_Q, num_arrivals=4),
             do_here=plgpu.Barrier(num_barriers=STAGES_Q, num_arrivals=2),
-            q_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES_Q),
-            do_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES_Q),
         ),
-        grid=(K, S // TILE, B),
-        grid_names=("head", "tile", "row"),
+        grid=(S // TILE, K, B),
+        grid_names=("tile", "head", "row"),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=mosaic_gpu.PARAMS,
@@ -194,13 +196,17 @@ def _dkv(arrays, tiles, variant):
     )(*arrays, tiles)
 
 
+Q_DONE, DO_DONE = Handover(4, 288), Handover(4 + STAGES_Q, 288)
+
+
 def _dkv_kernel(
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lower_ref, upper_ref, tiles_ref, dk_ref, dv_ref,
-    *, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, mine_here, q_here, do_here, q_done, do_done,
+    *, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, lower_smem, upper_smem, mine_here, q_here, do_here,
     variant, group,
 ):  # fmt: skip
     row, kv_head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
-    tile, start, steps, whole_from, whole_to = tile_work(tiles_ref, row, lax.axis_index("tile"))
+    tile, start, steps, lower_to, upper_from = tile_work(tiles_ref, row, lax.axis_index("tile"))
+    start *= ALIGNED
 
     @pl.when(warpgroup < 2)
     def compute():
@@ -210,12 +216,14 @@ def _dkv_kernel(
         k_mine, v_mine = k_smem.at[warpgroup], v_smem.at[warpgroup]
         plgpu.copy_gmem_to_smem(k_ref.at[row, keys, kv_head], k_mine, mine_here.at[warpgroup])
         plgpu.copy_gmem_to_smem(v_ref.at[row, keys, kv_head], v_mine, mine_here.at[warpgroup])
+        for slot in range(STAGES_Q):
+            Q_DONE.arrive(slot)
+            DO_DONE.arrive(slot)
         plgpu.barrier_wait(mine_here.at[warpgroup])
 
         def all_steps(dk, dv):
             def step(count, _):
                 i, slot = lax.rem(count, steps), lax.rem(count, STAGES_Q)
-                queries = pl.ds(start + i * STEP_Q, STEP_Q)
                 plgpu.barrier_wait(q_here.at[slot])
                 plgpu.barrier_wait(do_here.at[slot])
 
@@ -228,14 +236,13 @@ def _dkv_kernel(
 
                     def edge():
                         lower, upper = (
-                            plgpu.load(ref.at[row, queries], layout=BY_COLUMN, optimized=False) - first_key
-                            for ref in (lower_ref, upper_ref)
+                            stretched(plgpu.load(ref.at[slot], layout=BY_COLUMN) - first_key, x.shape, 1)
+                            for ref in (lower_smem, upper_smem)
                         )
                         key = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=WGMMA)
-                        see = (key >= stretched(lower, x.shape, 1)) & (key < stretched(upper, x.shape, 1))
-                        return jnp.where(see, weights, 0.0)
+                        return jnp.where((key >= lower) & (key < upper), weights, 0.0)
 
-                    weights = lax.cond((i < whole_from) | (i >= whole_to), edge, lambda: weights)
+                    weights = lax.cond((i < lower_to) | (i >= upper_from), edge, lambda: weights)
                     plgpu.wgmma(dv, weights.astype(q_smem.dtype), do_smem.at[slot])
                     delta = plgpu.load(delta_smem.at[slot], layout=BY_COLUMN)
                     d_logits = weights * (
@@ -247,9 +254,9 @@ def _dkv_kernel(
                 d_logits = pl.run_scoped(both, tile_type, tile_type)
                 plgpu.wgmma(dk, d_logits.astype(q_smem.dtype), q_smem.at[slot])
                 plgpu.wgmma_wait(1)
-                plgpu.barrier_arrive(do_done.at[slot])
+                DO_DONE.arrive(slot)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(q_done.at[slot])
+                Q_DONE.arrive(slot)
 
             lax.fori_loop(0, steps * group, step, None)
             return dk[...], dv[...]
@@ -267,18 +274,20 @@ def _dkv_kernel(
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
 
-        @pl.loop(0, steps * group)
-        def step(count):
-            i, slot = lax.rem(count, steps), lax.rem(count, STAGES_Q)
-            head, queries = kv_head * group + lax.div(count, steps), pl.ds(start + i * STEP_Q, STEP_Q)
-            for ref, per_query, smem, per_query_smem, here, done in (
-                (q_ref, lse_ref, q_smem, lse_smem, q_here, q_done),
-                (do_ref, delta_ref, do_smem, delta_smem, do_here, do_done),
-            ):
+        @plgpu.warp_map
+        def one_warp(warp):
+            @pl.when(warp == 0)
+            def all_steps():
+                def step(count, _):
+                    i, slot = lax.rem(count, steps), lax.rem(count, STAGES_Q)
+                    head, queries = kv_head * group + lax.div(count, steps), pl.ds(start + i * STEP_Q, STEP_Q)
+                    Q_DONE.wait(slot)
+                    plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem.at[slot], q_here.at[slot])
+                    plgpu.copy_gmem_to_smem(lse_ref.at[row, head, queries], lse_smem.at[slot], q_here.at[slot])
+                    plgpu.copy_gmem_to_smem(lower_ref.at[row, queries], lower_smem.at[slot], q_here.at[slot])
+                    plgpu.copy_gmem_to_smem(upper_ref.at[row, queries], upper_smem.at[slot], q_here.at[slot])
+                    DO_DONE.wait(slot)
+                    plgpu.copy_gmem_to_smem(do_ref.at[row, queries, head], do_smem.at[slot], do_here.at[slot])
+                    plgpu.copy_gmem_to_smem(delta_ref.at[row, head, queries], delta_smem.at[slot], do_here.at[slot])
 
-                @pl.when(count >= STAGES_Q)
-                def used():
-                    plgpu.barrier_wait(done.at[slot])
-
-                plgpu.copy_gmem_to_smem(ref.at[row, queries, head], smem.at[slot], here.at[slot])
-                plgpu.copy_gmem_to_smem(per_query.at[row, head, queries], per_query_smem.at[slot], here.at[slot])
+                lax.fori_loop(0, steps * group, step, None)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dqjax.kernels.attention.intervals import OUT_OF_ORDER, STEP_KV, STEP_Q, TILE, build_intervals, check_order
+from dqjax.kernels.attention.intervals import ALIGNED, OUT_OF_ORDER, STEP_KV, STEP_Q, TILE, build_intervals, check_order
 from dqjax.kernels.attention.mask import visible
 from dqjax.kernels.attention.shapes import complete_tokens
 
@@ -22,13 +22,15 @@ def work_of(table, size, length):
     unmasked = np.zeros_like(visited)
     for b, entries in enumerate(np.asarray(table)):
         assert sorted(entries[:, 0]) == list(range(len(entries)))
-        for tile, start, steps, whole_from, whole_to in entries:
-            assert start % 8 == 0 and 0 <= whole_from <= whole_to <= steps
+        assert np.all(np.diff(entries[:, 2]) <= 0)
+        for tile, start, steps, lower_to, upper_from in entries:
+            start *= ALIGNED
+            assert 0 <= lower_to <= steps and 0 <= upper_from <= steps
             for i in range(steps):
                 place = slice(start + i * size, start + (i + 1) * size)
                 assert place.stop <= length
                 visited[b, tile, place] += 1
-                unmasked[b, tile, place] += whole_from <= i < whole_to
+                unmasked[b, tile, place] += lower_to <= i < upper_from
     return visited, unmasked
 
 
@@ -36,11 +38,12 @@ def work_of(table, size, length):
     ("length", "causal", "window"),
     [(640, True, None), (600, True, None), (512, False, None), (700, True, 50), (300, False, 33), (130, True, None)],
 )
-def test_tiles_cover_what_is_visible_once_and_unmasked_steps_see_everything(length, causal, window):
+@pytest.mark.parametrize("shared", [True, False])
+def test_tiles_cover_what_is_visible_once_and_unmasked_steps_see_everything(length, causal, window, shared):
     rng = np.random.default_rng(length)
     ids = np.stack([row(rng, length, n, f, t) for n, f, t in ((1, 0, 0), (5, 0, 40), (9, 3, 0), (2, 20, 30))])
     tokens = complete_tokens(4, length, length, jnp.asarray(ids, jnp.int32), None, None, None)
-    plan = build_intervals(tokens, causal=causal, window=window)
+    plan = build_intervals(tokens, causal=causal, window=window, shared=shared)
     check_order(plan)
     see = np.asarray(visible(tokens, causal, window))
     at = np.arange(length)
@@ -64,15 +67,16 @@ def test_a_prompt_in_the_cache():
     tokens = complete_tokens(
         1, 4, 16, jnp.array([[0, 1, 1, 1]]), jnp.array([[1] * 8 + [0] * 8]), jnp.array([[0, 5, 6, 7]]), None
     )
-    plan = build_intervals(tokens, causal=True, window=None)
+    plan = build_intervals(tokens, causal=True, window=None, shared=False)
     assert np.asarray(plan.lower)[0, :4].tolist() == [0, 0, 0, 0]
     assert np.asarray(plan.upper)[0, :4].tolist() == [0, 6, 7, 8]
 
 
 @pytest.mark.parametrize("ids", [[1, 2, 1, 0], [2, 1, 0, 0], [1, 0, 2, 2]])
-def test_rows_out_of_order_are_marked_and_refused(ids):
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_out_of_order_are_marked_and_refused(ids, shared):
     tokens = complete_tokens(2, 4, 4, jnp.array([[1, 1, 2, 0], ids]), None, None, None)
-    plan = build_intervals(tokens, causal=True, window=None)
+    plan = build_intervals(tokens, causal=True, window=None, shared=shared)
     assert np.all(np.asarray(plan.lower)[1] == OUT_OF_ORDER) and not np.any(np.asarray(plan.lower)[0] == OUT_OF_ORDER)
     with pytest.raises(ValueError, match=r"rows \[1\].*'xla'"):
         check_order(plan)

@@ -1,6 +1,7 @@
 """The kernel benchmark runs on a CPU, times what it says and tells failures apart."""
 
 import json
+import pathlib
 
 import jax.numpy as jnp
 import pytest
@@ -20,6 +21,12 @@ def test_it_runs_and_writes_what_it_measured(tmp_path):
         for name, result in case["results"].items():
             assert "error" not in result, (case, name)
             assert set(result) == {"ms", "spread", "tflops", "memory_bytes"}
+
+
+def test_the_table_of_the_readme_is_that_of_the_results(capsys):
+    root = pathlib.Path(__file__).parents[2]
+    assert bench.main(["--table", str(root / "kernels" / "results" / "h200.json")]) == 0
+    assert capsys.readouterr().out in (root / "README.md").read_text()
 
 
 def test_a_wrong_kernel_is_not_timed_and_fails_the_run(monkeypatch):
