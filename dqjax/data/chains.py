@@ -29,7 +29,7 @@ from typing import Literal
 
 Style = Literal["columns", "checked", "running", "answer"]
 
-REMARK = "Every column was checked once more, so the last result is right."
+REMARK = " ".join(["State the final answer."] * 5)
 
 _EXPRESSION = re.compile(r"-?\d+(?: [+-] -?\d+)*")
 
