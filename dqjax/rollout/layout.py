@@ -10,11 +10,11 @@ step does, and shrinks again once half of it would do. The kernel for TPU reads 
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dqjax.kernels.decode_attention.api import default_backend
 from dqjax.models.config import ModelConfig
 from dqjax.sharding import Rules
 
@@ -22,7 +22,8 @@ LEAST_ROOM = 64
 CHUNK = 256
 PREFILL_TOKENS = 4096  # of one prefill call: enough for the products to be bound by arithmetic
 LANE_SHARE = 8  # lanes take at most one part in so many of the slots' memory
-GROWS_FROM = 2**30  # bytes of the slots' cache: reading less is quicker than compiling programs for several lengths
+GROWS_FROM = {"cpu": 2**26, "gpu": 2**30}
+"""Bytes of the slots' cache on a device from which reading less is worth compiling programs for several lengths."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,11 @@ def plan_layout(
     capacity = _rounded(room + max_new_tokens)
     chunk = min(room, CHUNK)
     per_position = position_bytes(config, rules, dtype)
-    whole_rows = default_backend(rules.mesh.devices.flat[0].platform) != "tpu"
+    grows_from = GROWS_FROM.get(rules.mesh.devices.flat[0].platform, math.inf)
 
     def with_slots(slots: int) -> Layout:
         lanes = min(PREFILL_TOKENS // chunk, slots, slots * capacity // (LANE_SHARE * room))
-        grows = whole_rows and slots // shards * capacity * per_position >= GROWS_FROM
+        grows = slots // shards * capacity * per_position >= grows_from
         capacities = _steps(room, capacity) if grows else (capacity,)
         return Layout(slots, capacities, max(lanes // shards, 1) * shards, room, chunk)
 

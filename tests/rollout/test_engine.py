@@ -210,7 +210,7 @@ def test_a_large_cache_grows_and_shrinks_with_its_longest_sample(model, monkeypa
     options = {"rows": 2, "max_new_tokens": 400, "stop_ids": [18]}
     prompts = [Prompt((1, 2, 3), seed) for seed in range(40)]
     expected = ids_of(engine(decoder, **options).generate(params, prompts))
-    monkeypatch.setattr(layout_module, "GROWS_FROM", 0)
+    monkeypatch.setattr(layout_module, "GROWS_FROM", {"cpu": 0})
     e = engine(decoder, **options)
     assert e.layout(3).capacities == (128, 192, 256, 320, 448, 512)
     capacities, decode = [], e.decode
