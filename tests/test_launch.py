@@ -4,6 +4,7 @@ import os
 import subprocess
 
 import pytest
+import yaml
 
 from tests.workspace import ROOT
 
@@ -64,3 +65,34 @@ def test_tpu_restarts_until_it_succeeds_but_not_a_bad_config(tmp_path):
 def test_an_old_python_is_refused():
     done = run("bash", "-c", "source launch/env.sh && ensure_env test", PYTHON="/nonexistent/python")
     assert done.returncode == 1 and "set PYTHON" in done.stderr
+
+
+def stand_in(folder, name, body):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_slurm_arrays_and_kubernetes_jobs_name_their_shard(tmp_path):
+    (tmp_path / "bin").mkdir()
+    stand_in(tmp_path / "bin", "python", 'echo "$@"')
+    here = {"DQJAX_ENV": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8"}
+    done = run("bash", "launch/slurm/stage.sh", "verify", "--config", "a.yaml", **here, **array)
+    assert done.stdout.split() == ["-m", "dqjax.data", "verify", "--config", "a.yaml", "--shard", "4/8"]
+    assert run("bash", "launch/slurm/stage.sh", "verify", **here).returncode == 2
+
+    job = yaml.safe_load((ROOT / "launch" / "gke" / "stage.yaml").read_text())["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    done = run(*container["command"], *container["args"], JOB_COMPLETION_INDEX="15", **here)
+    assert done.stdout.split()[-2:] == ["--shard", f"{job['completions'] - 1}/{job['parallelism']}"]
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (143, True)])
+def test_slurm_training_goes_back_into_the_queue_only_when_stopped(tmp_path, code, requeued):
+    stand_in(tmp_path, "srun", f"exit {code}")
+    stand_in(tmp_path, "scontrol", f'echo "$@" >{tmp_path}/said')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("bash", "launch/slurm/train.sh", "train", PATH=path, SLURM_JOB_ID="7")
+    assert done.returncode == code
+    assert (tmp_path / "said").exists() == requeued
