@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from dqjax.checkpoint import Checkpoints
 from dqjax.config import ConfigError, Section
 from dqjax.convert.adapters import adapter_run
+from dqjax.convert.classifier import classifier_config
 from dqjax.convert.huggingface import load_params
 from dqjax.convert.source import ModelSource, resolve_model
 from dqjax.data.chat import ChatFormat
 from dqjax.data.tokenizer import load_tokenizer
 from dqjax.models.config import ModelConfig
 from dqjax.models.decoder import Decoder, Remat
+from dqjax.models.heads import Classifier
 from dqjax.models.lora import Adapters
 from dqjax.sharding import Rules
 from dqjax.types import Params
@@ -32,7 +34,7 @@ class ModelSection(Section):
     """model: what is trained.
 
     init_from: a Hugging Face folder, a run folder, a converted checkpoint, or a hub name (`python -m dqjax.convert new`
-    makes a fresh student). chat_template: keep the tokenizer's, or `think`, ours for Qwen2.5 students. dtype: of the
+    makes a fresh student); for reward models and scorers a classifier too, whose head is kept if it has as many labels. chat_template: keep the tokenizer's, or `think`, ours for Qwen2.5 students. dtype: of the
     arithmetic; parameters are float32. remat: what the backward pass recomputes, from fastest to smallest: none, dots,
     attention, full. attention_backend: null picks one.
     """
@@ -52,6 +54,7 @@ class Model:
     tokenizer: Any
     chat: ChatFormat
     source: ModelSource
+    labels: tuple[str, ...] = ()  # of a classifier's head; the decoder is its trunk then
 
     @property
     def config(self) -> ModelConfig:
@@ -66,10 +69,11 @@ class Model:
 def build_model(section: ModelSection, rules: Rules) -> Model:
     """Config, tokenizer and decoder, without parameters yet; raises ConfigError before anything is compiled."""
     source = resolve_model(section.init_from)
-    config = source.config()
+    classifier = classifier_config(source)
+    config = classifier or source.config()
     tokenizer = load_tokenizer(source.files, chat_template=section.chat_template, vocab_size=config.vocab_size)
     decoder = Decoder(config, rules, jnp.dtype(section.dtype), section.remat, section.attention_backend)
-    return Model(decoder, tokenizer, ChatFormat.of(tokenizer), source)
+    return Model(decoder, tokenizer, ChatFormat.of(tokenizer), source, classifier.labels if classifier else ())
 
 
 def load_model(name: str, rules: Rules, *, dtype: DType = "bfloat16", step: int | None = None) -> tuple[Model, Params]:
@@ -88,14 +92,37 @@ def read_parameters(model: Model, *, step: int | None = None, dtype: Any = jnp.f
     Args:
       dtype: float32 to train; to compute with alone, `model.decoder.dtype` gives the same numbers in less memory.
     """
-    decoder, source = model.decoder, model.source
+    if model.labels:
+        raise ConfigError(f"{model.source.folder} holds a classifier ({len(model.labels)} labels); expected a language model")
+    return _read_language_model(model.source, model.decoder, step=step, dtype=dtype)
+
+
+def _read_language_model(source: ModelSource, decoder: Decoder, *, step: int | None = None, dtype: Any = jnp.float32) -> Params:
     if source.kind == "huggingface":
         return load_params(source.folder, decoder.config, decoder.shardings(), dtype=dtype)
     if (run := adapter_run(source)) is not None:
-        base = read_parameters(dataclasses.replace(model, source=run.base))
-        whole = read_adapted(source, Adapters(decoder, run.config), base, step=step)
+        whole = read_adapted(source, Adapters(decoder, run.config), _read_language_model(run.base, decoder), step=step)
         return jax.tree.map(lambda x: x.astype(dtype), whole)
     return restore_parameters(source, decoder, step=step, dtype=dtype)
+
+
+def read_classifier(source: ModelSource, classifier: Classifier, *, step: int | None = None) -> Params:
+    """Trunk and head of a classifier's folder, float32, laid out over the mesh."""
+    if source.kind == "huggingface":
+        return load_params(source.folder, classifier_config(source), classifier.shardings())
+    if (run := adapter_run(source)) is None:
+        return restore_parameters(source, classifier, step=step)
+    return read_adapted(source, Adapters(classifier, run.config), read_trunk(run.base, classifier), step=step)
+
+
+def read_trunk(source: ModelSource, classifier: Classifier) -> Params:
+    """The parameters of a classifier's trunk from the folder of a language model, or of any classifier."""
+    config = classifier_config(source)
+    if config is None:
+        params = _read_language_model(source, dataclasses.replace(classifier.decoder, config=source.config()))
+    else:
+        params = read_classifier(source, dataclasses.replace(classifier, labels=len(config.labels)))
+    return {name: value for name, value in params.items() if name in classifier.trunk.shapes()}
 
 
 def read_adapted(source: ModelSource, adapters: Adapters, base: Params, *, step: int | None = None) -> Params:

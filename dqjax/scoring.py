@@ -9,20 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dqjax.config import ConfigError
-from dqjax.convert.adapters import adapter_run
 from dqjax.convert.classifier import classifier_config
-from dqjax.convert.huggingface import load_params
 from dqjax.convert.source import resolve_model
 from dqjax.data.chat import ChatFormat
 from dqjax.data.pack import Tokens, best_fit_decreasing, pack_rows
 from dqjax.data.pair_loader import closing_ids
 from dqjax.data.records import BadRow, Record
 from dqjax.data.tokenizer import load_tokenizer
-from dqjax.load import ModelSection, build_model, read_adapted, read_parameters, restore_parameters
+from dqjax.load import read_classifier
 from dqjax.losses.scores import sequence_scores
 from dqjax.models.decoder import Decoder
 from dqjax.models.heads import Classifier
-from dqjax.models.lora import Adapters
 from dqjax.sharding import Rules
 from dqjax.trainer import own_rows, placer
 
@@ -63,7 +60,7 @@ class Scorer:
         self.labels, self.row_length = config.labels, row_length
         decoder = Decoder(config, rules, jnp.dtype(dtype), "none")
         self._classifier = Classifier(decoder, labels=len(config.labels))
-        self._params = _read_parameters(source, config, self._classifier, step)
+        self._params = read_classifier(source, self._classifier, step=step)
         self._tokenizer = load_tokenizer(source.files, vocab_size=config.vocab_size)
         self._chat = ChatFormat.of(self._tokenizer)
         self._closing = closing_ids(self._chat)
@@ -104,14 +101,3 @@ class Scorer:
         model = self._classifier
         hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
         return sequence_scores(hidden, model.output_table(params), batch, columns)
-
-
-def _read_parameters(source: Any, config: Any, classifier: Classifier, step: int | None) -> Any:
-    """The parameters of trunk and head, float32, laid out over the mesh."""
-    if source.kind == "huggingface":
-        return load_params(source.folder, config, classifier.shardings())
-    if (run := adapter_run(source)) is None:
-        return restore_parameters(source, classifier, step=step)
-    base = build_model(ModelSection(init_from=str(run.base.folder), remat="none"), classifier.decoder.rules)
-    trunk = {name: value for name, value in read_parameters(base).items() if name in classifier.trunk.shapes()}
-    return read_adapted(source, Adapters(classifier, run.config), trunk, step=step)

@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
+from dqjax import score
+from dqjax.commands import run_command
 from dqjax.convert.__main__ import main as convert
 from dqjax.convert.tensor_file import read_header
 from tests.test_train import DEBUG, curve, parameters, run
@@ -83,6 +85,23 @@ def test_a_run_goes_on_from_adapters_as_from_any_model(workspace, trained):
 def test_other_objectives_train_adapters_too(workspace, kind):
     assert run(workspace, kind, *LORA, config=config(kind)) == 0
     assert all(np.isfinite(values).all() for values in curve(workspace / kind).values())
+
+
+def test_a_reward_model_of_adapters_scores_as_its_exports(workspace):
+    run_dir, merged = workspace / "scored", workspace / "scored_export"
+    assert run(workspace, "scored", *LORA, config=config("reward")) == 0
+    assert convert(["to-hf", str(run_dir), str(merged), "--dtype", "float32"]) == 0
+    pairs = workspace / "few.jsonl"
+    pairs.write_text("".join((workspace / "runs/chain_sum/data/pairs.jsonl").read_text().splitlines(keepends=True)[:4]))
+    found = []
+    for checkpoint in (run_dir, merged):
+        out = workspace / "scores.jsonl"
+        command = ["--checkpoint", str(checkpoint), "--input", str(pairs), "--output", str(out), "--dtype", "float32"]
+        assert run_command(lambda: score.main([*command, "--row-length", "512"])) == 0  # noqa: B023
+        found.append([json.loads(line)["score_chosen"] for line in out.read_text().splitlines()])
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+    assert convert(["to-peft", str(run_dir), str(workspace / "scored_adapter")]) == 0
+    assert "base_model.model.score.weight" in read_header(workspace / "scored_adapter/adapter_model.safetensors")
 
 
 def test_a_run_of_whole_weights_has_no_adapters(workspace, capsys):

@@ -48,6 +48,8 @@ def test_training_starts_at_even_odds_and_reports_accuracy_margin_and_calibratio
         assert np.isfinite(held_out[f"eval/{name}"]), name
     assert any(name.startswith("eval/accuracy_by_length/") for name in held_out)
     assert any(name.startswith("eval/calibration_accuracy/") for name in held_out)
+    pytest.importorskip("matplotlib")
+    assert (workspace / "metrics/reliability.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_held_out_pairs_are_told_apart(workspace):
@@ -106,6 +108,21 @@ def test_the_export_scores_as_the_run_does_in_transformers_and_here(workspace):
     assert scores_of(workspace, out, "export") == ours
     assert convert(["from-hf", str(out), str(workspace / "converted")]) == 0
     assert scores_of(workspace, workspace / "converted", "converted") == ours
+
+
+def test_training_goes_on_from_an_exported_classifier(workspace, capsys):
+    """The head is kept: with a rate of next to nothing the export scores as before. A language model's objective refuses it."""
+    assert run(workspace, "first", config=REWARD) == 0
+    out = workspace / "first_export"
+    assert convert(["to-hf", str(workspace / "first"), str(out), "--dtype", "float32"]) == 0
+    before = scores_of(workspace, out, "before")
+    still = ("optimizer.learning_rate=1e-30", "train.steps=1")
+    for source in (out, workspace / "first"):
+        shutil.rmtree(workspace / "second", ignore_errors=True)
+        assert run(workspace, "second", f"model.init_from={source}", *still, config=REWARD) == 0
+        assert scores_of(workspace, workspace / "second", "after") == before
+    assert run(workspace, "refused", f"model.init_from={out}", config=str(DEBUG / "sft.yaml")) == 2
+    assert "holds a classifier (1 labels); expected a language model" in capsys.readouterr().err
 
 
 def test_a_language_model_is_not_scored_with(workspace, capsys):

@@ -28,7 +28,8 @@ def open_model(source: ModelSource, step: int | None = None) -> tuple[int, Read]
     if run.base.kind != "huggingface":
         base = open_model(run.base)[1]
     else:
-        params = load_params(run.base.folder, run.base.config(), _on_the_host(), dtype=stored_dtype(run.base.folder))
+        config = classifier_config(run.base) or run.base.config()
+        params = load_params(run.base.folder, config, _on_the_host(), dtype=stored_dtype(run.base.folder))
         base = lambda path: functools.reduce(lambda tree, key: tree[key], path, params)  # noqa: E731
     return found, functools.partial(merged, read, base, run.config)
 

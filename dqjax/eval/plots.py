@@ -1,4 +1,4 @@
-"""Figures as PNG: any set of curves, pass@k, accuracy against tokens. Needs matplotlib (the extra dqjax[plots])."""
+"""Figures as PNG: any set of curves, pass@k, accuracy against tokens, reliability. Needs matplotlib (the extra dqjax[plots])."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -82,6 +82,19 @@ def draw_evaluation(
             x="tokens a sample may use", y="accuracy", shares=True,
         ),
     ]  # fmt: skip
+
+
+def draw_reliability(path: str | pathlib.Path, confidence: Sequence[float], accuracy: Sequence[float]) -> pathlib.Path:
+    """The reliability diagram of a reward model: how often it is right against how sure it was, a point a bin.
+
+    Args:
+      confidence, accuracy: means of each bin, in [0.5, 1] and [0, 1].
+
+    Raises:
+      ConfigError: matplotlib is not installed.
+    """
+    curves = {"as sure as right": Curve([0.5, 1.0], [0.5, 1.0]), "held-out pairs": Curve(confidence, accuracy)}
+    return draw_curves(path, curves, x="probability given to the preferred answer", y="share of pairs that are right", shares=True)
 
 
 def pass_at_k_curve(graded: Sequence[Graded], level: float) -> Curve:

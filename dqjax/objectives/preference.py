@@ -44,7 +44,8 @@ def preference(config: Config, model: Model, rules: Rules, run: pathlib.Path) ->
     )
     evaluate = None
     if data.validation is not None:
-        evaluate = measure(loss, data.validation, placer(rules, rows), labels)
+        names = {"accuracy_by_source": data.validation.pairs.sources}
+        evaluate = measure(loss, data.validation, placer(rules, rows), names)
         if config.train.sample_tokens:
             prompt = data.validation.pairs.prompt(0).tolist()
             evaluate = with_sample(evaluate, model, prompt, config.train.sample_tokens, run / "samples.jsonl")

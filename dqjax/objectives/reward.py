@@ -1,15 +1,19 @@
 """objective: reward. Pairs, packed, into the Bradley-Terry loss of a trunk with a scalar head."""
 
+import importlib.util
 import logging
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from dqjax.data.pair_loader import open_pair_data
-from dqjax.load import Model, read_parameters
+from dqjax.eval.plots import draw_reliability
+from dqjax.load import Model, read_classifier, read_trunk
 from dqjax.losses.bradley_terry import CALIBRATION_BINS
 from dqjax.models.heads import Classifier
-from dqjax.objectives.setup import Setup, measure
+from dqjax.objectives.setup import Evaluate, Setup, measure
 from dqjax.sharding import Rules
 from dqjax.steps.reward import length_names, make_reward_loss, summarise
 from dqjax.train_config import Config
@@ -49,10 +53,12 @@ def reward(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Set
     )
     evaluate = None
     if data.validation is not None:
-        evaluate = measure(loss, data.validation, placer(rules, rows), labels, summarise)
+        names = labels | {"accuracy_by_source": data.validation.pairs.sources}
+        evaluate = measure(loss, data.validation, placer(rules, rows), names, summarise)
+        evaluate = _with_diagram(evaluate, bins, run / "reliability.png")
     return Setup(
         trainable=classifier,
-        initial=lambda: with_fresh_head(classifier, model, config.train.seed),
+        initial=lambda: with_head(classifier, model, config.train.seed),
         loss=loss,
         source=data.loader,
         steps=config.train.steps or data.loader.batches_of(config.train.epochs),
@@ -62,9 +68,22 @@ def reward(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Set
     )
 
 
-def with_fresh_head(classifier: Classifier, model: Model, seed: int) -> Params:
-    """The trunk of a trained decoder and a new head; the decoder's own output table is left out."""
-    trunk = classifier.trunk.shapes().keys()
-    kept = {name: value for name, value in read_parameters(model).items() if name in trunk}
+def _with_diagram(evaluate: Evaluate, bins: Sequence[str], file: pathlib.Path) -> Evaluate:
+    """`evaluate`, and its reliability diagram in `file`, where matplotlib is installed."""
+
+    def both(params: Params, frozen: Any) -> tuple[dict[str, float], dict[str, str]]:
+        numbers, texts = evaluate(params, frozen)
+        if jax.process_index() == 0 and importlib.util.find_spec("matplotlib"):
+            seen = [b for b in bins if f"calibration_accuracy/{b}" in numbers]
+            draw_reliability(file, *([numbers[f"calibration_{of}/{b}"] for b in seen] for of in ("confidence", "accuracy")))
+        return numbers, texts
+
+    return both
+
+
+def with_head(classifier: Classifier, model: Model, seed: int) -> Params:
+    """The trunk of a trained decoder and a new head; of a classifier with as many labels, its own head."""
+    if len(model.labels) == classifier.labels:
+        return read_classifier(model.source, classifier)
     head = jax.jit(classifier.init_head, out_shardings=classifier.shardings()["score"])(jax.random.key(seed))
-    return {**kept, "score": head}
+    return {**read_trunk(model.source, classifier), "score": head}

@@ -6,7 +6,7 @@ import pathlib
 from dqjax.data.label_loader import open_labelled_data
 from dqjax.load import Model
 from dqjax.models.heads import Classifier
-from dqjax.objectives.reward import with_fresh_head
+from dqjax.objectives.reward import with_head
 from dqjax.objectives.setup import Setup, measure, without_matrices
 from dqjax.sharding import Rules
 from dqjax.steps.scorer import LABELS, LEVELS, make_scorer_loss, summarise
@@ -34,7 +34,7 @@ def scorer(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Set
         evaluate = measure(loss, data.validation, placer(rules, rows), {}, summarise)
     return Setup(
         trainable=classifier,
-        initial=lambda: with_fresh_head(classifier, model, config.train.seed),
+        initial=lambda: with_head(classifier, model, config.train.seed),
         loss=_in_numbers(loss),
         source=data.loader,
         steps=config.train.steps or data.loader.batches_of(config.train.epochs),

@@ -30,7 +30,8 @@ def sft(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup:
     loss = make_sft_loss(model.decoder, rules, z_loss=config.objective.z_loss, groups=groups)
     evaluate = None
     if data.validation is not None:
-        evaluate = measure(loss, data.validation, placer(rules, rows), labels)
+        names = labels | {"loss_by_source": data.validation.documents.sources}
+        evaluate = measure(loss, data.validation, placer(rules, rows), names)
         if config.train.sample_tokens:
             prompt = data.validation.documents.prompt(0).tolist()
             evaluate = with_sample(evaluate, model, prompt, config.train.sample_tokens, run / "samples.jsonl")
