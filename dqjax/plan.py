@@ -68,6 +68,8 @@ def plan_step(config: Config, shape: ModelConfig, topology: str) -> Plan:
     """
     if config.objective.kind != "sft":
         raise ConfigError(f"objective: plans are made for sft, got {config.objective.kind}")
+    if config.lora is not None:
+        raise ConfigError("lora: plans are made for whole weights; leave the section out")
     rules = Rules(_mesh(config, topology))
     rows, length = config.train.batch_rows, config.data.row_length
     if rows % (rules.batch_shards * config.train.accumulate):
