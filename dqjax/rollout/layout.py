@@ -1,12 +1,12 @@
 """How many sequences are decoded together, and how long they may get: the shapes that the engine's programs have.
 
 The cache is dense, a row of `capacity` positions for each slot. Pages would hold more sequences of unlike lengths in the
-same memory, but then attention has to gather its keys: in plain XLA that copies the cache at every step, and a kernel that
-follows page tables costs what it saves where, as here, all sequences of a batch have the same limit.
+same memory, but then attention has to gather its keys: in plain XLA that copies the cache at every step, and the TPU kernel
+reads rows. Sizing the rows keeps small what they waste.
 
 Decode attention in plain XLA reads whole rows, however short the sequences are. There a large cache is as long as its
-longest sequence needs, in steps of a quarter (`Layout.capacities`): it grows by a copy, which costs about what one decoding
-step does, and shrinks again once half of it would do. The kernel for TPU reads no further than a sequence is long.
+longest sequence needs, in steps of a quarter (`Layout.capacities`): it grows by a copy, and shrinks again once half of it
+would do. The kernel for TPU reads no further than a sequence is long.
 """
 
 import dataclasses
