@@ -8,11 +8,12 @@ import numpy as np
 
 from dqjax.config import ConfigError
 from dqjax.convert.classifier import LABELS
-from dqjax.data.records import BadRow, Message
+from dqjax.data.records import BadRow, Message, Record
 from dqjax.objectives.shares import Shared
 from dqjax.rewards.mix import MixConfig, Sources
+from dqjax.rewards.model import Score
 from dqjax.rewards.types import Completion
-from dqjax.rewards.verbosity import Labels
+from dqjax.rewards.verbosity import Labels, StyleScorer
 from dqjax.scoring import Scorer
 from dqjax.sharding import Rules
 from dqjax.steps.scorer import expected_levels
@@ -36,7 +37,7 @@ def make_sources(config: MixConfig, rules: Rules, *, row_length: int, rows: int,
     return Sources(style=style, score=score, share=Shared)
 
 
-def levels_of(scorer: Scorer):
+def levels_of(scorer: Scorer) -> StyleScorer:
     """RV and CD of completions, by a scorer of both."""
 
     def levels(completions: Sequence[Completion]) -> list[Labels]:
@@ -48,7 +49,7 @@ def levels_of(scorer: Scorer):
     return levels
 
 
-def scores_of(scorer: Scorer):
+def scores_of(scorer: Scorer) -> Score:
     """Scores of completions by a reward model; NaN where there is none."""
     return lambda completions: _logits(scorer, completions)[:, 0].tolist()
 
@@ -64,7 +65,8 @@ def _logits(scorer: Scorer, completions: Sequence[Completion]) -> np.ndarray:
     return out
 
 
-def _conversation(completion: Completion):
+def _conversation(completion: Completion) -> Record:
+    """The problem's turns and the sample's."""
     said = Message("assistant", completion.response.answer, completion.response.thinking)
     problem = completion.problem
     return dataclasses.replace(problem, messages=(*problem.messages, said))
