@@ -1,7 +1,7 @@
-"""python -m dqjax.plan: compile a whole training step for a TPU topology that is not here, and say what it takes.
+"""python -m dqjax.plan: compile a whole training step for TPUs or GPUs that are not here, and say what it takes.
 
-libtpu holds the real compiler and runs on any CPU (`pip install libtpu`). A step that compiles fits and is legal for the
-chip; that says nothing about its speed.
+libtpu and jax's CUDA plugin hold the real compilers and run on any CPU (`topology.py`). A step that compiles fits and is
+legal for the chip; that says nothing about its speed.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from dqjax.sharding import Rules, make_mesh
 from dqjax.steps.sft import make_sft_loss
 from dqjax.steps.state import init_state, state_shardings
 from dqjax.steps.update import compile_step, make_step
+from dqjax.topology import HBM_GIB, devices_of
 from dqjax.train_config import Config
 from dqjax.types import Batch
 
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}  # a device, from the maker's datasheets
 SEQUENCES = 64  # side-array columns of the planned batch; their memory is negligible
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -60,10 +60,10 @@ class Plan:
 
 
 def plan_step(config: Config, shape: ModelConfig, topology: str) -> Plan:
-    """Compiles the step of `config` for a topology such as "v5p:2x2x2" (generation:chips along each axis).
+    """Compiles the step of `config` for a topology such as "v5p:2x2x2" or "h200:8".
 
     Raises:
-      ConfigError: libtpu is not installed, or the topology, mesh or batch do not fit together.
+      ConfigError: the compiler is not installed, or the topology, mesh or batch do not fit together.
       jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the step does not fit into the device's memory.
     """
     if config.objective.kind != "sft":
@@ -111,15 +111,7 @@ def plan_step(config: Config, shape: ModelConfig, topology: str) -> Plan:
 
 
 def _mesh(config: Config, topology: str) -> jax.sharding.Mesh:
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a chip that two processes could fight over
-    try:
-        devices = topologies.get_topology_desc(topology, "tpu").devices
-    except Exception as e:  # libtpu's own errors have no common type
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ConfigError(f"--topology {topology}: {text} (expected for example v5p:2x2x2, and `pip install libtpu`)") from None
+    devices = devices_of(topology)
     try:
         return make_mesh(**config.mesh.model_dump(), devices=devices)
     except ValueError as e:
@@ -167,11 +159,11 @@ def report(plan: Plan) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dqjax.plan",
-        description="Compile a training step for a TPU topology that is not here; prints memory, FLOPs and collectives.",
+        description="Compile a training step for TPUs or GPUs that are not here; prints memory, FLOPs and collectives.",
         epilog="example: python -m dqjax.plan --config configs/sft/qwen2.5-7b-v5p.yaml --topology v5p:2x2x2",
     )
     parser.add_argument("--config", required=True, help="a training config with objective: sft")
-    parser.add_argument("--topology", required=True, help="generation:chips, for example v5e:4x4 or v5p:2x2x2")
+    parser.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x2, … (pip install libtpu), h100:8, h200:1 (jax[cuda13])")
     parser.add_argument("--size", choices=sorted(SIZES), help="the model's shape, where model.init_from cannot be read here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(argv)

@@ -219,7 +219,7 @@ def default_backend(device: Any, *able: str) -> str:
         return _choose("xla", device.platform)
     hopper = getattr(device, "compute_capability", None) == "9.0"
     usable = [name for name in able if name != "mosaic_gpu" or hopper]
-    return _choose(usable[0] if usable else "xla", device.device_kind)
+    return _choose(usable[0] if usable else "xla", device.device_kind or device.platform)
 
 
 @functools.cache
