@@ -1,8 +1,8 @@
 """python -m dqjax.generate: sample from a trained model, one JSON line a sample.
 
-    {"id": "...", "prompt": "...", "text": "...", "token_ids": [...], "finish_reason": "stop" | "length", "forced": [from, to]}
+    {"id": "...", "prompt": "...", "text": "...", "token_ids": [...], "finish_reason": "stop" | "length"}
 
-`forced` are the places in `token_ids` of what a thinking budget put there; it is left out where nothing was.
+Where a thinking budget put tokens, `forced` says so: their places in `token_ids`, from the first to behind the last.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from dqjax.rollout.engine import Engine, Prompt, Sample
 from dqjax.rollout.sampling import Sampling
 from dqjax.rollout.stops import StopStrings, ThinkingEnd, cut
 from dqjax.sharding import MeshConfig, Rules, make_mesh
-from dqjax.types import Params
 
 
 class Generator:
@@ -122,16 +121,16 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: floa
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default %(default)s")
     parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy; default %(default)s")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="the likeliest tokens up to probability P")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="tokens of at least P times the likeliest")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="the likeliest tokens of probability P")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="tokens at least P times the likeliest")
     parser.add_argument("--seed", type=int, default=0, help="of the samples; default %(default)s")
     parser.add_argument("--thinking", choices=("on", "off"), default="on", help="default %(default)s")
     parser.add_argument("--thinking-budget", type=int, metavar="N", help="end thinking by force after N tokens")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a sample here; may be repeated")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a sample; may be repeated")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default %(default)s")
     parser.add_argument("--rows", type=int, default=64, help="sequences decoded together; default %(default)s")
     parser.add_argument(
-        "--cache-gib", type=float, metavar="G", help="of a device, for keys and values; fewer rows where they do not fit"
+        "--cache-gib", type=float, metavar="G", help="a device's memory for the cache; fewer rows if they do not fit"
     )
     parser.add_argument("--step", type=int, help="of a run folder's checkpoint; default: the newest intact one")
 
@@ -169,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dqjax.generate",
         description="Sample from a run folder, a converted checkpoint or a Hugging Face folder; JSON lines on stdout.",
-        epilog="example: python -m dqjax.generate --checkpoint runs/chain_sum/columns --prompt '41 - 54 + 9 =' --temperature 0",
+        epilog="example: python -m dqjax.generate --checkpoint runs/chain_sum/columns --prompt '4 - 5 =' --temperature 0",
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR")
     what = parser.add_mutually_exclusive_group(required=True)

@@ -10,7 +10,14 @@ from dqjax.models.config import ModelConfig, to_huggingface
 
 
 def transformers_generate(
-    config: ModelConfig, prompts: Int[np.ndarray, "B T"], *, new_tokens: int, dtype: str, top_k: int, top_p: float, device: str
+    config: ModelConfig,
+    prompts: Int[np.ndarray, "B T"],
+    *,
+    new_tokens: int,
+    dtype: str,
+    top_k: int,
+    top_p: float,
+    device: str,
 ) -> Callable[[], float]:
     """A function that samples `new_tokens` behind each prompt with transformers' `generate` and returns the seconds.
 

@@ -3,8 +3,9 @@
     python -m dqjax.bench rollout --model qwen3-0.6b --prompt-tokens 256 --new-tokens 256 --batch 256 --out h200.json
     JAX_PLATFORMS=cpu python -m dqjax.bench rollout --model miniature --batch 8 --prompt-tokens 32 --new-tokens 32
 
-Every prompt is random and its own; nothing ends a sample early. A size has random weights, a folder its own (transformers
-gets random ones of the same shape). Decoding has to read the weights and the keys and values cached so far at every step:
+Every prompt is random and its own; nothing ends a sample early. A size has random weights, a folder its own
+(transformers gets random ones of the same shape). A step of decoding has to read the weights, and the keys and values
+cached so far:
 
     roofline share = (weight bytes + mean cache bytes of a step) / (measured read rate · seconds of a step)
 """
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--top-k", type=int, default=0, metavar="K")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs, of which the median counts; default %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="timed runs; the median counts; default %(default)s"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     options = parser.parse_args(argv)
     if min(options.prompt_tokens, options.new_tokens, options.batch, options.rounds) < 1:
@@ -116,7 +119,7 @@ def _parameters(model: str, decoder: Decoder) -> Params:
 
 
 def _timed(engine: Engine, name: str) -> list[float]:
-    """Seconds of each later call of one of the engine's programs, from when its inputs are ready to when its results are."""
+    """Seconds of each later call of one of the engine's programs, from its inputs being ready to its results being."""
     program: Callable[..., Any] = getattr(engine, name)
     seconds: list[float] = []
 

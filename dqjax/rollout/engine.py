@@ -1,10 +1,10 @@
 """Continuous batching with the trainer's own model code and weights.
 
 A fixed number of slots decode together, some steps a call; between calls the host reads the tokens, and a slot whose
-sample has ended gets the next one. Prompts are prefilled ahead, in lanes of their own (`programs.py` has the picture), so
-that a free slot does not wait. All programs have fixed shapes: they are compiled once for an engine, and again only when a
-prompt comes that is longer than any before and outgrows the cache, or once for each capacity that a large cache grows through
-(`layout.py`).
+sample has ended gets the next one. Prompts are prefilled ahead, in lanes of their own (`programs.py` has the picture),
+so that a free slot does not wait. All programs have fixed shapes: they are compiled once for an engine, and again only
+when a prompt comes that is longer than any before and outgrows the cache, or once for each capacity that a large cache
+grows through (`layout.py`).
 """
 
 import collections
@@ -110,12 +110,19 @@ class Engine:
         cache_bytes: int | None = None,
     ):
         if not stop_ids:
-            raise ValueError("no stop ids: every sample would run to max_new_tokens; give the tokenizer's end-of-turn id")
+            raise ValueError(
+                "no stop ids: samples would never end by themselves; give the tokenizer's end-of-turn id"
+            )
         rules = decoder.rules
         if rows % rules.batch_shards:
             raise ValueError(f"rows: {rows} sequences do not divide over {rules.batch_shards} batch shards of the mesh")
         steps = min(STEPS, max_new_tokens)
-        self.decoder, self.stop_strings, self.thinking_end, self.limit = decoder, stop_strings, thinking_end, max_new_tokens
+        self.decoder, self.stop_strings, self.thinking_end, self.limit = (
+            decoder,
+            stop_strings,
+            thinking_end,
+            max_new_tokens,
+        )
         closing = thinking_end.token_ids if thinking_end else ()
         self.fixed = Decoding(sampling, tuple(stop_ids), closing, vocab, steps, seed)
         self.rows, self._cache_bytes, self._longest = rows, cache_bytes, 1
@@ -141,7 +148,7 @@ class Engine:
         Prompts are read ahead, up to as many as are decoded together. All hosts give the same ones.
 
         Raises:
-          ValueError: an empty prompt, a thinking budget without `thinking_end`, or a prompt that no cache within the budget holds.
+          ValueError: an empty prompt, a thinking budget without `thinking_end`, or a prompt too long for `cache_bytes`.
         """
         return _Run(self, self.unstack(params), map(self._checked, prompts)).samples()
 
@@ -240,8 +247,8 @@ class _Run:
     def _fill(self) -> None:
         """Gives every free slot a sample, as long as there are any.
 
-        Lanes are prefilled together, a chunk of each a call, and only when a slot is free and no lane ready: so calls are
-        as few and as full as can be, and so are those of decoding.
+        Lanes are prefilled together, a chunk of each a call, and only when a slot is free and no lane ready: so calls
+        are as few and as full as can be, and so are those of decoding.
         """
         self._load()
         while self._lanes and (free := self._free):

@@ -1,12 +1,12 @@
 """How many sequences are decoded together, and how long they may get: the shapes that the engine's programs have.
 
-The cache is dense, a row of `capacity` positions for each slot. Pages would hold more sequences of unlike lengths in the
-same memory, but then attention has to gather its keys: in plain XLA that copies the cache at every step, and the TPU kernel
+The cache is dense, a row of positions for each slot. Pages would hold more sequences of unlike lengths in the same
+memory, but then attention has to gather its keys: in plain XLA that copies the cache at every step, and the TPU kernel
 reads rows. Sizing the rows keeps small what they waste.
 
 Decode attention in plain XLA reads whole rows, however short the sequences are. There a large cache is as long as its
-longest sequence needs, in steps of a quarter (`Layout.capacities`): it grows by a copy, and shrinks again once half of it
-would do. The kernel for TPU reads no further than a sequence is long.
+longest sequence needs, in steps of a quarter (`Layout.capacities`): it grows by a copy, and shrinks again once half of
+it would do. The kernel for TPU reads no further than a sequence is long.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Layout:
         return self.slots * self.capacities[-1] + self.lanes * self.room
 
     def capacity_for(self, positions: int, now: int) -> int:
-        """The capacity to change to from `now`, where so many positions are needed: `now`, unless it is short or twice that."""
+        """The capacity to have where so many positions are needed: `now`, unless it is short or twice too long."""
         fitting = next((c for c in self.capacities if c >= positions), self.capacities[-1])
         return now if fitting <= now < 2 * fitting else fitting
 

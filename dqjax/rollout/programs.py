@@ -4,8 +4,8 @@
 
     prompts --prefill--> lanes [R, room] --admit--> slots [B, capacity] --decode--> tokens [N, B]
 
-A lane holds a prompt but its last token. That token is the first one a slot is fed, so that decoding alone samples, and a
-prompt that a group shares is prefilled once and its lane copied to as many slots as it has samples.
+A lane holds a prompt but its last token. That token is the first one a slot is fed, so that decoding alone samples, and
+a prompt that a group shares is prefilled once and its lane copied to as many slots as it has samples.
 """
 
 import dataclasses
@@ -79,7 +79,12 @@ class Decoding:
 
 
 def prefill(
-    decoder: Decoder, params: Params, lanes: Cache, tokens: Int[Array, "R C"], starts: Int[Array, "R"], counts: Int[Array, "R"]
+    decoder: Decoder,
+    params: Params,
+    lanes: Cache,
+    tokens: Int[Array, "R C"],
+    starts: Int[Array, "R"],
+    counts: Int[Array, "R"],
 ) -> Cache:
     """Caches the next chunk of each lane: `counts[r]` tokens from position `starts[r]` on."""
     place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -146,7 +151,9 @@ def decode(
 
     def step(carry, _):
         slots, active = carry
-        cache = slots.cache._replace(lengths=jnp.where(active, slots.cache.lengths, 0))  # an idle slot has nothing to read
+        cache = slots.cache._replace(
+            lengths=jnp.where(active, slots.cache.lengths, 0)
+        )  # an idle slot has nothing to read
         segments = active[:, None].astype(jnp.int32)
         hidden, cache = decoder.apply(params, slots.token[:, None], cache.lengths[:, None], segments, cache)
         cache = cache._replace(lengths=jnp.where(active, cache.lengths, slots.cache.lengths))  # it may be paused
@@ -163,7 +170,9 @@ def decode(
 
 def _logits(decoder: Decoder, params: Params, hidden: Float[Array, "B D"], vocab: int) -> Float[Array, "B V"]:
     table = decoder.output_table(params)
-    logits = jnp.einsum("BD,VD->BV", hidden, table, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.einsum(
+        "BD,VD->BV", hidden, table, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+    )
     logits = decoder.rules.constrain(logits, "batch", "vocab_in_use")  # else the table would be gathered, not they
     logits = decoder.rules.constrain(logits, "batch", None)
     return jnp.where(jnp.arange(len(table)) < vocab, logits, -jnp.inf) if vocab < len(table) else logits

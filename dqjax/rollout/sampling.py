@@ -49,7 +49,8 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
         if sampling.top_p < 1:
             logits = _cut(logits, _nucleus_floor_of_sorted(kept, logits, sampling.top_p))
     elif sampling.top_p < 1:
-        logits = _cut(logits, _nucleus_floor(logits, sampling.top_p))
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        logits = jnp.where(probabilities < _nucleus_floor(probabilities, sampling.top_p), -jnp.inf, logits)
     if sampling.min_p > 0:
         logits = _cut(logits, jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p))
     return logits
@@ -72,8 +73,8 @@ def sample(
       forced: tokens to take instead of drawing; below 0: draw.
 
     Returns:
-      (token, log p(token)): the log-probability under softmax(logits / temperature) over the full vocabulary, before the
-      filters, which is what a trainer recomputes; at temperature 0 it is taken at temperature 1.
+      (token, log p(token)): the log-probability under softmax(logits / temperature) over the full vocabulary, before
+      the filters, which is what a trainer recomputes; at temperature 0 it is taken at temperature 1.
     """
     if sampling.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)
@@ -134,27 +135,20 @@ def _nucleus_floor_of_sorted(
     return jnp.min(jnp.where(before < p, falling, jnp.inf), axis=-1, keepdims=True)
 
 
-def _nucleus_floor(logits: Float[Array, "B V"], p: float) -> Float[Array, "B 1"]:
-    """The least x with P(logit > x) < p, by bisection over the bits of a float: 32 sums, where a sort would take longer."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    ranks = _rank(logits)
+def _nucleus_floor(probabilities: Float[Array, "B V"], p: float) -> Float[Array, "B 1"]:
+    """The least x with P(probability > x) < p.
+
+    Found by bisection over the bits of a float, which for positive ones are in its order: 30 sums, where a sort would
+    take longer.
+    """
 
     def halve(_, ends):
         low, high = ends  # P(above low) >= p > P(above high)
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        enough = jnp.sum(jnp.where(ranks > middle, probabilities, 0), axis=-1, keepdims=True) < p
+        middle = (low + high) // 2
+        above = probabilities > lax.bitcast_convert_type(middle, jnp.float32)
+        enough = jnp.sum(jnp.where(above, probabilities, 0), axis=-1, keepdims=True) < p
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    low = jnp.full((len(logits), 1), jnp.iinfo(jnp.int32).min)
-    _, high = lax.fori_loop(0, 32, halve, (low, jnp.max(ranks, axis=-1, keepdims=True)))
-    return lax.bitcast_convert_type(_turn(high), jnp.float32)
-
-
-def _rank(x: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Integers in the order of the floats."""
-    return _turn(lax.bitcast_convert_type(x, jnp.int32))
-
-
-def _turn(bits: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Turns the bits below a sign that is set; its own inverse."""
-    return bits ^ ((bits >> 31) & jnp.iinfo(jnp.int32).max)
+    high = lax.bitcast_convert_type(jnp.max(probabilities, axis=-1, keepdims=True), jnp.int32)
+    _, high = lax.fori_loop(0, 30, halve, (jnp.zeros_like(high), high))
+    return lax.bitcast_convert_type(high, jnp.float32)

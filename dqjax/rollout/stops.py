@@ -21,7 +21,7 @@ class StopStrings:
         """Where the first stop string is complete, given that none was before the last `new` tokens.
 
         Returns:
-          The number of tokens up to and with the one that completes it (transformers' `stop_strings` keeps the same ones),
+          The number of tokens up to and with the one that completes it (transformers' `stop_strings` keeps the same),
           and the string; None where there is none.
         """
         reach = max(len(s.encode()) for s in self.strings) + PARTIAL  # a token is one byte at least

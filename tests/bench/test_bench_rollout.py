@@ -9,7 +9,20 @@ from dqjax.bench import rollout
 from dqjax.commands import run_command
 from dqjax.models.config import SIZES
 
-SHAPE = ["--model", "miniature", "--dtype", "float32", "--batch", "4", "--prompt-tokens", "20", "--new-tokens", "8", "--rounds", "1"]
+SHAPE = [
+    "--model",
+    "miniature",
+    "--dtype",
+    "float32",
+    "--batch",
+    "4",
+    "--prompt-tokens",
+    "20",
+    "--new-tokens",
+    "8",
+    "--rounds",
+    "1",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,9 @@ def compiled():
         names = ("batch", None, "kv_heads", None) if x.ndim == 4 else ("batch",)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or rules.sharding(names, x.shape))
 
-    slots = jax.tree.map(shape, jax.eval_shape(lambda: make_slots(here, slots=layout.slots, capacity=layout.capacities[-1])))
+    slots = jax.tree.map(
+        shape, jax.eval_shape(lambda: make_slots(here, slots=layout.slots, capacity=layout.capacities[-1]))
+    )
     lanes = {"rows": layout.lanes, "capacity": layout.room, "dtype": jnp.bfloat16}
     lanes = jax.tree.map(shape, jax.eval_shape(lambda: make_cache(CONFIG, here.rules, **lanes)))
     params = jax.tree.map(shape, jax.eval_shape(decoder.unstack, decoder.shapes()), decoder.unstacked_shardings())
@@ -70,6 +72,8 @@ def test_admission_updates_the_cache_in_place(compiled):
 
 def test_no_step_gathers_the_table_or_the_cache(compiled):
     decode, _, _ = compiled
-    moved = re.findall(r" = \(?\w+\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", decode.as_text())
+    moved = re.findall(
+        r" = \(?\w+\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", decode.as_text()
+    )
     largest = max(np.prod([int(n) for n in dims.split(",")]) for dims in moved)
     assert largest <= 16 * CONFIG.vocab_size  # the logits of a shard's rows

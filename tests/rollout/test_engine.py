@@ -48,7 +48,9 @@ def test_logprobs_equal_the_trainers(model):
     """What the sampler reports is what a forward pass over prompt and sample gives, to 1e-4."""
     decoder, params = model
     sampling = Sampling(temperature=0.8)
-    for prompt, sample in zip(PROMPTS, engine(decoder, sampling=sampling, vocab=64, stop_ids=[63]).generate(params, PROMPTS)):
+    for prompt, sample in zip(
+        PROMPTS, engine(decoder, sampling=sampling, vocab=64, stop_ids=[63]).generate(params, PROMPTS)
+    ):
         hidden = forward(decoder, params, prompt.token_ids + sample.token_ids)
         logprobs = jax.nn.log_softmax(hidden @ decoder.output_table(params).T / 0.8)
         n = len(prompt.token_ids)
@@ -134,7 +136,9 @@ def test_greedy_equals_transformers(tiny, load):
     greedy = engine(decoder, sampling=Sampling(temperature=0), stop_ids=[160], vocab=160)
     for prompt, sample in zip(PROMPTS, greedy.generate(params, PROMPTS), strict=True):
         with torch.no_grad():
-            out = theirs.generate(torch.tensor([prompt.token_ids]), do_sample=False, max_new_tokens=24, eos_token_id=None)
+            out = theirs.generate(
+                torch.tensor([prompt.token_ids]), do_sample=False, max_new_tokens=24, eos_token_id=None
+            )
         assert sample.token_ids == tuple(out[0, len(prompt.token_ids) :].tolist())
 
 
@@ -164,7 +168,11 @@ def test_nothing_recompiles_after_the_first_call(model, compiled):
     compiled.clear()
     list(e.generate(params, PROMPTS))
     list(e.generate(later, [Prompt((1, 2), 3)]))
-    list(e.generate(params, [Prompt((7,) * n, i, thinking_budget=i) for i, n in enumerate((1, 9, 9, 9, 9, 128, 64, 65, 2))]))
+    list(
+        e.generate(
+            params, [Prompt((7,) * n, i, thinking_budget=i) for i, n in enumerate((1, 9, 9, 9, 9, 128, 64, 65, 2))]
+        )
+    )
     assert compiled == []
     list(e.generate(params, [Prompt((1,) * 200, 0)]))  # outgrows the cache
     assert "jit(decode)" in compiled
@@ -242,7 +250,9 @@ def test_a_thinking_budget_ends_thinking(model):
     forced = engine(decoder, rows=3, thinking_end=CLOSE, sampling=Sampling(temperature=0.8))
     free = ids_of(engine(decoder, rows=3, sampling=Sampling(temperature=0.8)).generate(params, PROMPTS))
     budgets = [7, None, 0, 23, 24, 7]
-    samples = list(forced.generate(params, [dataclasses.replace(p, thinking_budget=b) for p, b in zip(PROMPTS, budgets)]))
+    samples = list(
+        forced.generate(params, [dataclasses.replace(p, thinking_budget=b) for p, b in zip(PROMPTS, budgets)])
+    )
     for sample, without, budget in zip(samples, free, budgets):
         if budget is None or budget >= 24:
             assert sample.token_ids == without and not sample.forced

@@ -9,7 +9,9 @@ LOGITS = np.log(np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01], np.float32))
 
 
 def kept(**options):
-    return set(np.flatnonzero(np.isfinite(np.asarray(filter_logits(jnp.asarray(LOGITS)[None], Sampling(**options)))[0])))
+    return set(
+        np.flatnonzero(np.isfinite(np.asarray(filter_logits(jnp.asarray(LOGITS)[None], Sampling(**options)))[0]))
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,11 @@ def test_samples_over_several_blocks_are_distributed_right(options):
     logits = jnp.asarray(np.random.default_rng(1).normal(size=300).astype(np.float32))
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(40_000))
     expected = np.asarray(jax.nn.softmax(filter_logits(logits[None], Sampling(**options))[0]))
-    draws = jax.jit(lambda keys: sample(jnp.broadcast_to(logits, (5_000, 300)), keys, jnp.zeros(5_000, jnp.int32), Sampling(**options))[0])
+    draws = jax.jit(
+        lambda keys: sample(
+            jnp.broadcast_to(logits, (5_000, 300)), keys, jnp.zeros(5_000, jnp.int32), Sampling(**options)
+        )[0]
+    )
     tokens = np.concatenate([draws(part) for part in keys.reshape(8, -1)])
     statistic, critical = chi_square(np.bincount(tokens, minlength=300), expected)
     assert statistic <= critical
