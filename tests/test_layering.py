@@ -16,6 +16,7 @@ ALLOWED = {
     "config": set(),
     "sharding": {"config"},
     "commands": {"config"},
+    "topology": {"config"},
     "kernels": {"kernels"},
     "models": {"models", "kernels"} | BASE,
     "rollout": {"rollout", "models", "kernels"} | BASE,
