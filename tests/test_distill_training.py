@@ -91,3 +91,18 @@ def test_a_teacher_of_another_tokenizer_is_refused(workspace, capsys):
     assert "has another tokenizer: token" in capsys.readouterr().err
     assert cache(workspace, "foreign_cache", teacher="foreign") == 2
     assert "has another tokenizer: token" in capsys.readouterr().err
+
+
+def test_the_student_is_taught_on_its_own_answers(workspace, capsys):
+    """All batches sampled; stopped after the first of two steps and started again, the run ends in the same bits."""
+    own = ("objective.on_policy={fraction: 1.0, max_new_tokens: 12}", f"objective.teachers=[{workspace / 'teacher'}]")
+    more = (*own, "checkpoint.every=1", "train.sample_tokens=0")
+    assert run(workspace, "own", *more, config=DISTILL) == 0
+    first = metrics(workspace / "own")[0]
+    assert first["on_policy"] == 1 and 0 < first["sampled_tokens"] <= 12
+    shutil.copytree(workspace / "own", workspace / "own_again")
+    shutil.rmtree(workspace / "own_again/checkpoints/step_00000002")
+    assert run(workspace, "own_again", *more, config=DISTILL) == 0
+    assert curve(workspace / "own_again") == curve(workspace / "own")
+    assert run(workspace, "cut", *own, "data.too_long=split", config=DISTILL) == 2
+    assert "answers are sampled whole" in capsys.readouterr().err

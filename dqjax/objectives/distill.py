@@ -1,22 +1,27 @@
 """objective: distill. Conversations, packed, into divergences from the distributions of one or several teachers."""
 
+import functools
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dqjax.data.loader import open_training_data
+from dqjax.config import ConfigError
+from dqjax.data.loader import TrainingData, open_training_data
 from dqjax.data.rows import TokenValues
 from dqjax.data.teacher_rows import TeacherRows
 from dqjax.data.tokenizer import check_teacher_tokenizer
 from dqjax.load import Model, ModelSection, build_model, read_parameters
+from dqjax.objectives.on_policy import OnPolicy
 from dqjax.objectives.setup import Evaluate, Setup, measure, with_sample
+from dqjax.rollout.engine import Engine
+from dqjax.rollout.sampling import Sampling
 from dqjax.sharding import Rules
-from dqjax.steps.distill import CachedTeacher, make_distill_loss
+from dqjax.steps.distill import CachedTeacher, OnPolicyConfig, make_distill_loss
 from dqjax.steps.sft import make_sft_loss
 from dqjax.train_config import Config
-from dqjax.trainer import local_rows, placer
+from dqjax.trainer import local_rows, own_rows, placer
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +45,7 @@ def distill(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Se
         config.data.model_copy(update={"quarantine": config.data.quarantine or str(run / "quarantine.jsonl")}),
         model.tokenizer,
         batch_rows=rows,
-        local_rows=local_rows(rules, rows),
+        local_rows=None if objective.on_policy else local_rows(rules, rows),
         token_values=_joined(readers) if readers else None,
     )
     log.info("data: %s", "  ".join(f"{k} {v}" for k, v in data.counts.items()))
@@ -63,17 +68,38 @@ def distill(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Se
             prompt = data.validation.documents.prompt(0).tolist()
             evaluate = with_sample(evaluate, model, prompt, config.train.sample_tokens, run / "samples.jsonl")
     epochs = config.train.epochs
+    source = data.loader
+    if objective.on_policy is not None:
+        if config.data.too_long != "drop" or config.data.train_on_prompt:
+            raise ConfigError("objective.on_policy: answers are sampled whole; leave out data.too_long and data.train_on_prompt")
+        source = on_policy_source(objective.on_policy, data, model, rules, seed=config.train.seed)
     return Setup(
         trainable=model.decoder,
         initial=lambda: read_parameters(model),
         loss=loss,
-        source=data.loader,
+        source=source,
         steps=config.train.steps or (data.loader.batches_of(epochs) if epochs else data.loader.total_batches),
         labels={},
         evaluate=evaluate,
         frozen={"teachers": tuple(read_parameters(teacher, dtype=teacher.decoder.dtype) for teacher in models)},
         close=data.loader.close,
     )
+
+
+def on_policy_source(config: OnPolicyConfig, data: TrainingData, model: Model, rules: Rules, *, seed: int) -> OnPolicy:
+    """The loader's batches, some answered by the student."""
+    engine = Engine(
+        model.decoder,
+        stop_ids=model.chat.stop_ids,
+        vocab=model.vocab,
+        sampling=Sampling(temperature=config.temperature),
+        rows=-(-config.decode_rows // rules.batch_shards) * rules.batch_shards,
+        max_new_tokens=config.max_new_tokens,
+        seed=seed,
+    )
+    local = functools.partial(own_rows, rules)
+    pad = model.tokenizer.pad_token_id
+    return OnPolicy(data.loader, data.documents, engine, config.fraction, seed=seed, pad_id=pad, local=local)
 
 
 def open_teacher(folder: str, config: Config, student: Model, rules: Rules) -> Model:

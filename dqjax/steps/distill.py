@@ -43,6 +43,19 @@ class TeacherConfig(Section):
         return self
 
 
+class OnPolicyConfig(Section):
+    """on_policy: learn from the student's own answers too, as GKD does (https://arxiv.org/abs/2306.13649, algorithm 1).
+
+    fraction: chance of a batch to have its answers sampled anew (GKD's λ). max_new_tokens: the limit of a sample; what does
+    not fit into a row behind its prompt is cut. temperature: of sampling. decode_rows: sequences decoded together [D].
+    """
+
+    fraction: float = Field(0.5, gt=0, le=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    decode_rows: int = Field(64, ge=1)
+
+
 class DistillConfig(Section):
     """objective: white-box distillation. The forms are GKD's and Hinton's; which of them is the default is ours [D].
 
@@ -53,6 +66,7 @@ class DistillConfig(Section):
     alpha: of `hinton`.
     temperature: softens teacher and student alike.
     tail: what a cached teacher's other tokens are: one `bucket` with the mass left, or nothing (`renormalise`).
+    on_policy: the student's own answers beside the texts; needs teachers that are models.
     """
 
     kind: Literal["distill"] = "distill"
@@ -62,6 +76,7 @@ class DistillConfig(Section):
     alpha: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
     tail: Tail = "bucket"
+    on_policy: OnPolicyConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self):
@@ -69,6 +84,10 @@ class DistillConfig(Section):
             raise ValueError(f"teachers: expected weights that sum to 1, got {weights}")
         if self.tail == "renormalise" and self.loss == "reverse_kl" and any(teacher.cache for teacher in self.teachers):
             raise ValueError("tail: reverse KL to a renormalised top-k teacher is infinite; use bucket")
+        if self.on_policy and any(teacher.cache for teacher in self.teachers):
+            raise ValueError("on_policy: a cache holds nothing of what the student will say; give teachers as models")
+        if self.on_policy and self.loss == "hinton":
+            raise ValueError("on_policy: the cross-entropy of hinton would teach the student its own samples; use another loss")
         return self
 
     def divergence(self) -> float:

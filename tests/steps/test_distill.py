@@ -157,6 +157,10 @@ def test_config():
         DistillConfig(teachers=[{"model": "t", "cache": "c"}])
     with pytest.raises(ValueError, match="infinite"):
         DistillConfig(loss="reverse_kl", teachers=[{"cache": "c"}], tail="renormalise")
+    with pytest.raises(ValueError, match="a cache holds nothing of what the student will say"):
+        DistillConfig(teachers=[{"cache": "c"}], on_policy={})
+    with pytest.raises(ValueError, match="its own samples"):
+        DistillConfig(teachers=["t"], loss="hinton", on_policy={})
     with pytest.raises(ValueError, match="one weight for each of 2 teachers"):
         make_distill_loss(tiny.Bigram(), tiny.one_device(), [CachedTeacher(), CachedTeacher()])
 
