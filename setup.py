@@ -44,6 +44,7 @@ EXTRAS = {
         # The oracles. torch and trl must be resolved together: see launch/test.sh.
         'torch==2.13.0; python_version < "3.12"',
         'trl==1.16.0; python_version < "3.12"',
+        'peft==0.21.2; python_version < "3.12"',
     ],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
