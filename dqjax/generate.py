@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dqjax.generate",
         description="Sample from a run folder, a converted checkpoint or a Hugging Face folder; JSON lines on stdout.",
-        epilog="example: python -m dqjax.generate --checkpoint runs/chain_sum/columns --prompt '4 - 5 =' --temperature 0",
+        epilog="example: python -m dqjax.generate --checkpoint runs/mine --prompt '41 - 54 + 9 =' --temperature 0",
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR")
     what = parser.add_mutually_exclusive_group(required=True)

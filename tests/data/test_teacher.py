@@ -325,7 +325,7 @@ def test_journal_survives_a_torn_line_and_refuses_a_second_writer(tmp_path):
         Journal(path)
 
 
-def test_local_teacher_batches_and_does_not_depend_on_the_batch(chat3):
+def test_local_teacher_hands_over_what_waits_and_does_not_depend_on_the_batch(chat3):
     batches = []
 
     def make(sampling, prompts):
@@ -344,7 +344,7 @@ def test_local_teacher_batches_and_does_not_depend_on_the_batch(chat3):
         return [(r.text, r.reasoning, r.finish) for r in replies]
 
     ten = asyncio.run(ask(10))
-    assert batches == [8, 8, 4]
+    assert batches == [20]  # the engine keeps its rows busy; what waits is bounded by `parallel`
     assert asyncio.run(ask(3)) == ten[:6]
     assert len({reasoning for _, reasoning, _ in ten}) > 15 and all(r.startswith("seed ") for _, r, _ in ten)
 
