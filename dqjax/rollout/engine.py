@@ -9,7 +9,6 @@ grows through (`layout.py`).
 
 import collections
 import dataclasses
-import functools
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -117,12 +116,8 @@ class Engine:
         if rows % rules.batch_shards:
             raise ValueError(f"rows: {rows} sequences do not divide over {rules.batch_shards} batch shards of the mesh")
         steps = min(STEPS, max_new_tokens)
-        self.decoder, self.stop_strings, self.thinking_end, self.limit = (
-            decoder,
-            stop_strings,
-            thinking_end,
-            max_new_tokens,
-        )
+        self.decoder, self.limit = decoder, max_new_tokens
+        self.stop_strings, self.thinking_end = stop_strings, thinking_end
         closing = thinking_end.token_ids if thinking_end else ()
         self.fixed = Decoding(sampling, tuple(stop_ids), closing, vocab, steps, seed)
         self.rows, self._cache_bytes, self._longest = rows, cache_bytes, 1
@@ -132,13 +127,15 @@ class Engine:
         layers = (layer,) * decoder.config.num_layers
         cache = Cache(layers, layers, row)
         slots = Slots(cache, row, row, row)
-        self.unstack = jax.jit(decoder.unstack, out_shardings=decoder.unstacked_shardings())
-        self.prefill = jax.jit(functools.partial(prefill, decoder), donate_argnums=1, out_shardings=cache)
+        # Equal decoders are one static argument, so engines of one model share what they compile.
+        self.unstack = jax.jit(Decoder.unstack, static_argnums=0, out_shardings=decoder.unstacked_shardings())
+        self.prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2, out_shardings=cache)
         self.admit = jax.jit(admit, donate_argnums=0, out_shardings=slots)
         self.resize = jax.jit(resize, static_argnums=1, out_shardings=layer)
         self.decode = jax.jit(
-            functools.partial(decode, decoder, self.fixed),
-            donate_argnums=1,
+            decode,
+            static_argnums=(0, 1),
+            donate_argnums=3,
             out_shardings=(slots, Made(whole, whole)),  # whole on every host, to be read there
         )
 
@@ -150,7 +147,7 @@ class Engine:
         Raises:
           ValueError: an empty prompt, a thinking budget without `thinking_end`, or a prompt too long for `cache_bytes`.
         """
-        return _Run(self, self.unstack(params), map(self._checked, prompts)).samples()
+        return _Run(self, self.unstack(self.decoder, params), map(self._checked, prompts)).samples()
 
     def layout(self, prompt_tokens: int) -> Layout:
         """The shapes for prompts up to `prompt_tokens`, never smaller than before: shorter prompts compile nothing."""
@@ -298,7 +295,8 @@ class _Run:
             starts[i], counts[i] = lane.cached, min(lane.left, chunk)
             tokens[i, : counts[i]] = lane.token_ids[lane.cached : lane.cached + counts[i]]
             lane.cached += int(counts[i])
-        self._prefilled = self._engine.prefill(self._params, self._prefilled, tokens, starts, counts)
+        engine = self._engine
+        self._prefilled = engine.prefill(engine.decoder, self._params, self._prefilled, tokens, starts, counts)
 
     def _admit(self, free: Sequence[int]) -> None:
         """Starts as many samples of prefilled lanes as there are free slots and entries of an admission."""
@@ -338,7 +336,7 @@ class _Run:
         stop_at, force_at = np.zeros(self._layout.slots, np.int32), np.full(self._layout.slots, NEVER, np.int32)
         for slot, answer in self._answers.items():
             stop_at[slot], force_at[slot] = answer.bounds(engine.limit, engine.thinking_end)
-        self._slots, made = engine.decode(self._params, self._slots, stop_at, force_at)
+        self._slots, made = engine.decode(engine.decoder, engine.fixed, self._params, self._slots, stop_at, force_at)
         made = jax.device_get(made)
         counts = (made.tokens != NOTHING).sum(axis=0).tolist()
         for slot, answer in list(self._answers.items()):

@@ -48,7 +48,7 @@ def compiled():
     whole = rules.sharding(())
     bound = jax.ShapeDtypeStruct((layout.slots,), jnp.int32, sharding=whole)
     entry = Admission(*(jax.ShapeDtypeStruct((layout.lanes,), t, sharding=whole) for t in "i4 i4 i4 i4 u4".split()))
-    decode = engine.decode.lower(params, slots, bound, bound).compile()
+    decode = engine.decode.lower(decoder, engine.fixed, params, slots, bound, bound).compile()
     admit = engine.admit.lower(slots, lanes, entry).compile()
     cache = sum(2 * np.prod(x.sharding.shard_shape(x.shape)) for x in (*slots.cache.keys, *slots.cache.values))
     return decode, admit, int(cache)

@@ -164,7 +164,7 @@ def test_nothing_recompiles_after_the_first_call(model, compiled):
     decoder, params = model
     e, later = engine(decoder, rows=4, thinking_end=CLOSE), jax.tree.map(jnp.array, params)
     list(e.generate(params, [Prompt(tuple(range(60)) * 2, 0)]))
-    assert {"jit(prefill)", "jit(decode)"} <= set(compiled)
+    assert "jit(decode)" in compiled
     compiled.clear()
     list(e.generate(params, PROMPTS))
     list(e.generate(later, [Prompt((1, 2), 3)]))
@@ -236,7 +236,7 @@ def test_a_large_cache_grows_and_shrinks_with_its_longest_sample(model, monkeypa
     e = engine(decoder, **options)
     assert e.layout(3).capacities == (128, 192, 256, 320, 448, 512)
     capacities, decode = [], e.decode
-    e.decode = lambda params, slots, *bounds: capacities.append(slots.cache.capacity) or decode(params, slots, *bounds)
+    e.decode = lambda *given: capacities.append(given[3].cache.capacity) or decode(*given)
     assert ids_of(e.generate(params, prompts)) == expected
     changes = np.diff(capacities)
     longest = max(map(len, expected))
