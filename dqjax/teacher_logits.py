@@ -51,8 +51,7 @@ def write_cache(config: Config, teacher: str, folder: pathlib.Path, *, k: int, d
         raise ConfigError(f"--k: expected 1 to {student.vocab}, the student's tokens, got {k}")
     rows, here = config.train.batch_rows, local_rows(rules, config.train.batch_rows)
     data = open_training_data(config.data, student.tokenizer, batch_rows=rows)
-    sets = [stage.rows for stage in data.loader.stages] + ([data.validation.rows] if data.validation else [])
-    temperature, place = config.objective.temperature, placer(rules, rows)
+    sets, temperature, place = data.row_sets, config.objective.temperature, placer(rules, rows)
 
     @functools.partial(jax.jit, out_shardings=rules.sharding(("batch",), (rows,)))
     def best(params, batch):

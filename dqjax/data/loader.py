@@ -267,6 +267,11 @@ class TrainingData:
     sources: tuple[str, ...]
     counts: Mapping[str, int]
 
+    @property
+    def row_sets(self) -> list[PackedRows]:
+        """All rows: those of each stage, and the held-out ones."""
+        return [stage.rows for stage in self.loader.stages] + ([self.validation.rows] if self.validation else [])
+
 
 def open_training_data(
     config: DataConfig,

@@ -179,23 +179,32 @@ class SampleCache:
         """Samples."""
         return len(self._sorted)
 
+    def count(self, id: str, tokens: Int[np.ndarray, " n"]) -> int | None:
+        """Rows of a sample; None where the cache has none of this id and these tokens."""
+        found = self._find(id, tokens)
+        return None if found is None else int(found[2] - found[1])
+
     def rows(self, id: str, tokens: Int[np.ndarray, " n"]) -> dict[str, np.ndarray]:
         """Each field's rows of a sample.
 
         Raises:
           ValueError: the cache has no sample of this id and these tokens.
         """
+        found = self._find(id, tokens)
+        if found is None:
+            raise ValueError(f"{self.folder} holds nothing for sample {id!r} as it is tokenised now; write the cache anew")
+        shard, begin, end = found
+        return {name: shard[name][begin:end].view(np.dtype(field.dtype)) for name, field in self.fields.items()}
+
+    def _find(self, id: str, tokens: Int[np.ndarray, " n"]) -> tuple[Mapping[str, np.ndarray], int, int] | None:
+        """The shard of a sample, and where its rows begin and end there."""
         key = np.uint64(sample_key(id, tokens))
         place = int(np.searchsorted(self._sorted, key))
         if place == len(self._sorted) or self._sorted[place] != key:
-            raise ValueError(
-                f"{self.folder} holds nothing for sample {id!r} as it is tokenised now ({len(tokens)} tokens): its data, chat "
-                "template or data settings are not those that the cache was written with; write the cache anew"
-            )
+            return None
         sample = self._order[place]
         shard, i = self._shards[self._shard_of[sample]], self._place_of[sample]
-        begin, end = shard["starts"][i], shard["starts"][i + 1]
-        return {name: shard[name][begin:end].view(np.dtype(field.dtype)) for name, field in self.fields.items()}
+        return shard, shard["starts"][i], shard["starts"][i + 1]
 
     def _open(self, prefix: str) -> dict[str, np.ndarray]:
         names = ("keys", "starts", *self.fields)

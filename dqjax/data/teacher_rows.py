@@ -9,6 +9,7 @@ So k = 64 of a Qwen vocabulary takes 386 bytes a trained token. bfloat16 moves a
 more than the whole tail holds; hence the tail is stored too, and the k are scaled on reading to what it leaves.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from dqjax.config import ConfigError
+from dqjax.data.rows import PackedRows
 from dqjax.data.sample_cache import CacheWriter, Field, SampleCache, expect_meta
 from dqjax.data.tokenizer import token_fingerprint
 
@@ -67,17 +70,27 @@ class TeacherRows:
         self._cache, self._names = SampleCache(folder), names
         expect_meta(self._cache, teacher_meta(tokenizer, temperature), REASONS)
 
+    def check(self, rows: PackedRows) -> None:
+        """Raises ConfigError unless the cache has as many rows as there are trained tokens, for every sequence."""
+        plain, sequences, wrong = dataclasses.replace(rows, token_values=None), 0, []
+        for r in range(len(plain)):
+            for sequence in plain.row(r):
+                id = plain.documents.ids[sequence.values["row"]]
+                sequences += 1
+                if self._cache.count(id, sequence.ids) != sequence.trained_count:
+                    wrong.append(id)
+        if wrong:
+            raise ConfigError(
+                f"{self._cache.folder} does not hold {len(wrong)} of {sequences} sequences as they are tokenised now, the first "
+                f"of sample {wrong[0]!r}: its data, chat template or data settings are others; write the cache anew"
+            )
+
     def __call__(
         self, id: str, tokens: Int[np.ndarray, " n"], trained: Bool[np.ndarray, " n"]
     ) -> Mapping[str, np.ndarray]:
         """The values of a sample; row i is the distribution that token i was a target of."""
         rows = self._cache.rows(id, tokens)
         targets = trained & (np.arange(len(tokens)) > 0)
-        if (count := np.count_nonzero(targets)) != len(rows["tail"]):
-            raise ValueError(
-                f"{self._cache.folder}: sample {id!r} has {len(rows['tail'])} rows and {count} trained tokens; the cache was "
-                "written with another data.train_on_prompt: write it anew"
-            )
         logprobs = rows["logprobs"].astype(np.float32)
         total = np.logaddexp.reduce(logprobs, axis=-1, keepdims=True)
         left = np.log1p(-np.minimum(np.exp(rows["tail"].astype(np.float32)), 1 - 1e-6))[:, None]

@@ -49,6 +49,9 @@ def distill(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Se
         token_values=_joined(readers) if readers else None,
     )
     log.info("data: %s", "  ".join(f"{k} {v}" for k, v in data.counts.items()))
+    for reader in readers:
+        for sequences in data.row_sets:
+            reader.check(sequences)
     loss = make_distill_loss(
         model.decoder,
         rules,
@@ -62,6 +65,8 @@ def distill(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Se
     evaluate = None
     if data.validation is not None:
         place = placer(rules, rows)
+        if objective.on_policy:
+            whole, place = place, lambda batch: whole(own_rows(rules, batch))
         divergence = measure(loss, data.validation, place, {})
         evaluate = _both(divergence, measure(make_sft_loss(model.decoder, rules), data.validation, place, {}))
         if config.train.sample_tokens:

@@ -29,8 +29,7 @@ def oracle(prefix):
 
 def write(folder, data, qwen3, *, parts=1, temperature=1.0, dtype="float32", reverse=False):
     """Writes the oracle's rows of all sequences, by `parts` processes, in the plan's order or from its end."""
-    planned = [stage.rows for stage in data.loader.stages] + ([data.validation.rows] if data.validation else [])
-    sequences = [(found.documents.ids[s.values["row"]], s) for found in planned for r in range(len(found)) for s in found.row(r)]
+    sequences = [(found.documents.ids[s.values["row"]], s) for found in data.row_sets for r in range(len(found)) for s in found.row(r)]
     for part in range(parts):
         fields, meta = teacher_fields(K, VOCAB, dtype), teacher_meta(qwen3, temperature)
         with CacheWriter(folder, fields, meta, part=(part, parts), shard_rows=200) as writer:
@@ -134,9 +133,11 @@ def test_what_cannot_be_read_is_refused_by_name(open_data, qwen3, qwen25, tmp_pa
     sample = found.row(0)[0]
     with pytest.raises(ValueError, match="holds nothing for sample 'r99'"):
         TeacherRows(folder, qwen3, 1.0, names)("r99", sample.ids, sample.trained)
-    id = found.documents.ids[sample.values["row"]]
-    with pytest.raises(ValueError, match="another data.train_on_prompt"):
-        TeacherRows(folder, qwen3, 1.0, names)(id, sample.ids, np.ones(len(sample.ids), bool))
+    reader = TeacherRows(folder, qwen3, 1.0, names)
+    reader.check(found)
+    for other in ({"train_on_prompt": True}, {"row_length": 24, "too_long": "split"}):
+        with pytest.raises(ConfigError, match=r"does not hold \d+ of \d+ sequences as they are tokenised now"):
+            reader.check(open_data(**other).loader.stages[0].rows)
     shard = folder / "shard-000-00001.logprobs.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-7])
