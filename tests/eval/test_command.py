@@ -108,6 +108,7 @@ def test_a_config_file_under_options(run, tmp_path, benchmark):
         (["--endpoint", "http://x", "--model", "m", "--benchmark", "x", "--k", "4"], "pass@4 needs"),
         (["--endpoint", "http://x", "--model", "m", "--benchmark", "x", "--top-p", "2"], "top_p"),
         (["--endpoint", "http://x", "--model", "m", "--benchmark", "x", "a=1"], "none is given"),
+        (["--endpoint", "http://x", "--model", "m", "--benchmark", "x", "--thinking-budget", "9"], "cannot be told to end"),
     ],
 )
 def test_errors(options, message):
@@ -153,7 +154,7 @@ def test_a_real_checkpoint_end_to_end(tmp_path, benchmark):
         Qwen3Config(vocab_size=320, max_position_embeddings=512, tie_word_embeddings=True, **sizes)
     ).save_pretrained(model)
 
-    def run(out, samples):
+    def run(out, samples, *more):
         arguments = [
             "--checkpoint",
             str(model),
@@ -163,16 +164,17 @@ def test_a_real_checkpoint_end_to_end(tmp_path, benchmark):
             str(tmp_path / out),
             "--samples",
             samples,
+            *more,
         ]
-        assert (
-            command.main([*arguments, "--max-new-tokens", "8", "--rows", "8", "--dtype", "float32", "--limit", "2"])
-            == 0
-        )
+        settings = ["--max-new-tokens", "8", "--rows", "8", "--dtype", "float32", "--limit", "2"]
+        assert command.main([*arguments, *settings]) == 0
         return read_records(tmp_path / out / "records.jsonl")
 
     first = run("out", "1")
     both = run("out", "2")
     assert len(first) == 2 and both[:2] == first and [g.sample for g in both[2:]] == [1, 1]
     assert all(0 < g.tokens <= 8 for g in both) and len({g.text for g in both}) > 1
+    ended = run("ended", "1", "--thinking-budget", "2", "--cache-gib", "0.01")
+    assert all("\n</think>\n\n" in g.text for g in ended)
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["parameters"] and settings["template"] and settings["dtype"] == "float32"
