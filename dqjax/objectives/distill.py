@@ -100,6 +100,7 @@ def on_policy_source(config: OnPolicyConfig, data: TrainingData, model: Model, r
         sampling=Sampling(temperature=config.temperature),
         rows=-(-config.decode_rows // rules.batch_shards) * rules.batch_shards,
         max_new_tokens=config.max_new_tokens,
+        prompt_tokens=int(data.documents.answer_start.max()),
         seed=seed,
     )
     local = functools.partial(own_rows, rules)

@@ -73,7 +73,10 @@ def grpo(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup
     shards = rules.batch_shards
     rows = -(-(objective.decode_rows or objective.prompts * objective.group_size) // shards) * shards
     sampling = Sampling(temperature=objective.temperature)
-    engine = Engine(model.decoder, sampling=sampling, rows=rows, seed=config.train.seed, **limits)
+    longest = max(len(question.prompt) for question in questions)
+    engine = Engine(
+        model.decoder, sampling=sampling, rows=rows, prompt_tokens=longest, seed=config.train.seed, **limits
+    )
     source = Groups(
         questions,
         engine,

@@ -85,6 +85,8 @@ class Engine:
       vocab: real entries of the output table; padded ones are never sampled.
       rows: sequences decoded together, a multiple of the mesh's batch shards.
       max_new_tokens: the limit of every sample.
+      prompt_tokens: of the longest prompt to expect, for which there is room at once. A longer one makes the cache
+        larger when it comes, and other shapes round other bits: a run that is to be resumed bit for bit names it.
       seed: of all samples; each has its own besides.
       thinking_end: ends thinking, for prompts with a budget.
       stop_strings: end a sample besides `stop_ids`; looked for between calls.
@@ -103,6 +105,7 @@ class Engine:
         sampling: Sampling,
         rows: int,
         max_new_tokens: int,
+        prompt_tokens: int = 1,
         seed: int = 0,
         thinking_end: ThinkingEnd | None = None,
         stop_strings: StopStrings | None = None,
@@ -120,7 +123,7 @@ class Engine:
         self.stop_strings, self.thinking_end = stop_strings, thinking_end
         closing = thinking_end.token_ids if thinking_end else ()
         self.fixed = Decoding(sampling, tuple(stop_ids), closing, vocab, steps, seed)
-        self.rows, self._cache_bytes, self._longest = rows, cache_bytes, 1
+        self.rows, self._cache_bytes, self._longest = rows, cache_bytes, prompt_tokens
         heads = (decoder.config.num_kv_heads, decoder.config.head_dim)
         layer = rules.sharding(("batch", None, "kv_heads", None), (rules.batch_shards, 1, *heads))
         row, whole = rules.sharding(("batch",)), rules.sharding(())

@@ -178,6 +178,16 @@ def test_nothing_recompiles_after_the_first_call(model, compiled):
     assert "jit(decode)" in compiled
 
 
+def test_room_for_a_longest_prompt_is_made_at_once(model, compiled):
+    """So that the shapes, and with them the last bits of a sample, do not depend on what was sampled before."""
+    decoder, params = model
+    e = engine(decoder, rows=2, prompt_tokens=200)
+    (first,) = e.generate(params, [Prompt((1, 2, 3), 5)])
+    compiled.clear()
+    list(e.generate(params, [Prompt((1,) * 200, 0)]))
+    assert compiled == [] and list(e.generate(params, [Prompt((1, 2, 3), 5)])) == [first]
+
+
 def test_a_long_prompt_among_short_ones(model):
     """It waits for a larger cache; nothing before or after it changes."""
     decoder, params = model
