@@ -311,6 +311,31 @@ def test_stop_strings_cut_at_the_token_that_completes_them(model):
             assert n == len(whole.token_ids) and not any(s in text for s in stops.strings)
 
 
+def test_stop_strings_keep_the_tokens_that_transformers_keeps(tiny, load):
+    torch = pytest.importorskip("torch")
+    from dqjax.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["some words, and others: 12 + 34 = 46"] * 3, 300)
+    theirs, folder = tiny("qwen3", vocab=320, tied=False)
+    decoder, params = load(folder)
+    letters = 90  # of the first tokens: single characters
+    options = {"sampling": Sampling(temperature=0), "stop_ids": [320], "vocab": letters}
+    prompt = Prompt(tuple(tokenizer("12 + 34 =")["input_ids"]), 0)
+    (free,) = engine(decoder, **options).generate(params, [prompt])
+    text = tokenizer.decode(list(free.token_ids))
+    for start in (3, len(text) // 2):
+        string = text[start : start + 4]
+        (sample,) = engine(decoder, **options, stop_strings=StopStrings((string,), tokenizer.decode)).generate(
+            params, [prompt]
+        )
+        ids = torch.tensor([prompt.token_ids])
+        settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
+        settings["suppress_tokens"] = list(range(letters, 320))
+        out = theirs.generate(ids, stop_strings=[string], tokenizer=tokenizer, **settings)
+        assert sample.token_ids == tuple(out[0, len(prompt.token_ids) :].tolist())
+        assert sample.stop_string == string and 4 <= len(sample.token_ids) < 24 and text.isascii()
+
+
 def test_settings_that_cannot_be(model):
     decoder, params = model
     with pytest.raises(ValueError, match="does not know how thinking ends"):
