@@ -1,5 +1,6 @@
 """Two processes on one host (gloo): the multi-host paths of data, training, saving and resuming."""
 
+import json
 import os
 import pathlib
 import signal
@@ -21,7 +22,7 @@ def workspace(tmp_path_factory):
     return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
-def start(workspace: pathlib.Path, name: str, processes: int, *more: str) -> list[subprocess.Popen]:
+def start(workspace: pathlib.Path, name: str, processes: int, *more: str, config: str = "sft") -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -30,7 +31,8 @@ def start(workspace: pathlib.Path, name: str, processes: int, *more: str) -> lis
     if processes > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     more = ("train.steps=6", "checkpoint.every=2", "mesh.fsdp=2", "mesh.tensor=1", "mesh.data=2", *more)
-    command = [sys.executable, "-m", "dqjax.train", "--config", str(DEBUG / "sft.yaml"), *overrides(workspace, name, *more)]
+    values = overrides(workspace, name, *more, config=config)
+    command = [sys.executable, "-m", "dqjax.train", "--config", str(DEBUG / f"{config}.yaml"), *values]
     return [
         subprocess.Popen(
             command, cwd=ROOT, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -70,6 +72,25 @@ def test_two_processes_train_save_and_resume_as_one(workspace):
     assert Checkpoints(workspace / "moved" / "checkpoints").steps(), "killed before the first checkpoint"
     assert finish(start(workspace, "moved", 1, "train.eval_every=6")) == [0]
     np.testing.assert_allclose(list(curve(workspace / "moved").values()), list(expected.values()), rtol=2e-5)
+
+
+def test_two_processes_sample_and_reward_as_one(workspace):
+    """The same samples, rewards and updates; each process grades its share and feeds its rows."""
+    more = ("train.steps=4", "objective.passes=2", "objective.table=4", "train.eval_every=4", "checkpoint.every=4")
+    for name, processes in (("policy-one", 1), ("policy-two", 2)):
+        assert finish(start(workspace, name, processes, *more, config="grpo")) == [0] * processes
+    one, two = ((workspace / name / "rollouts.jsonl").read_text() for name in ("policy-one", "policy-two"))
+    texts = [[json.loads(line)["text"] for line in rows.splitlines()] for rows in (one, two)]
+    assert texts[0] == texts[1] and len(texts[0]) == 2 * 4 * 4
+    logged = [
+        [json.loads(line) for line in (workspace / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("policy-one", "policy-two")
+    ]
+    for a, b in zip(*logged, strict=True):
+        names = {"loss", "gradient_norm", "reward", "reward/overlong", "eval/reward", "eval/accuracy"} & a.keys()
+        assert names
+        for name in names:
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
 
 
 def test_sigterm_stops_all_processes_at_one_step(workspace):
