@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from dqjax.losses import top_k
 from dqjax.losses.top_k import top_k_logprobs
 from dqjax.sharding import Rules, make_mesh
 from tests.steps import tiny
+
+torch = pytest.importorskip("torch")
 
 B, T, D, V, K = 4, 5, 8, 24, 6
 
