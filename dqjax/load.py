@@ -34,9 +34,10 @@ class ModelSection(Section):
     """model: what is trained.
 
     init_from: a Hugging Face folder, a run folder, a converted checkpoint, or a hub name (`python -m dqjax.convert new`
-    makes a fresh student); for reward models and scorers a classifier too, whose head is kept if it has as many labels. chat_template: keep the tokenizer's, or `think`, ours for Qwen2.5 students. dtype: of the
-    arithmetic; parameters are float32. remat: what the backward pass recomputes, from fastest to smallest: none, dots,
-    attention, full. attention_backend: null picks one.
+    makes a fresh student); for reward models and scorers a classifier too, whose head is kept if it has as many labels.
+    chat_template: keep the tokenizer's, or `think`, ours for Qwen2.5 students. dtype: of the arithmetic; parameters are
+    float32. remat: what the backward pass recomputes, from fastest to smallest: none, dots, attention, full.
+    attention_backend: null picks one.
     """
 
     init_from: str
@@ -93,11 +94,15 @@ def read_parameters(model: Model, *, step: int | None = None, dtype: Any = jnp.f
       dtype: float32 to train; to compute with alone, `model.decoder.dtype` gives the same numbers in less memory.
     """
     if model.labels:
-        raise ConfigError(f"{model.source.folder} holds a classifier ({len(model.labels)} labels); expected a language model")
+        raise ConfigError(
+            f"{model.source.folder} holds a classifier ({len(model.labels)} labels); expected a language model"
+        )
     return _read_language_model(model.source, model.decoder, step=step, dtype=dtype)
 
 
-def _read_language_model(source: ModelSource, decoder: Decoder, *, step: int | None = None, dtype: Any = jnp.float32) -> Params:
+def _read_language_model(
+    source: ModelSource, decoder: Decoder, *, step: int | None = None, dtype: Any = jnp.float32
+) -> Params:
     if source.kind == "huggingface":
         return load_params(source.folder, decoder.config, decoder.shardings(), dtype=dtype)
     if (run := adapter_run(source)) is not None:
@@ -131,7 +136,9 @@ def read_adapted(source: ModelSource, adapters: Adapters, base: Params, *, step:
     return jax.jit(adapters.merge, out_shardings=adapters.model.shardings())(base, trained)
 
 
-def restore_parameters(source: ModelSource, trained: Any, *, step: int | None = None, dtype: Any = jnp.float32) -> Params:
+def restore_parameters(
+    source: ModelSource, trained: Any, *, step: int | None = None, dtype: Any = jnp.float32
+) -> Params:
     """What a checkpoint of a run or converted folder holds, laid out over the mesh.
 
     Args:

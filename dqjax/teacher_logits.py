@@ -1,7 +1,7 @@
-"""python -m dqjax.teacher_logits: a teacher's top-k log-probabilities of the texts of a config, for `objective: distill`.
+"""python -m dqjax.teacher_logits: a teacher's top-k log-probabilities of a config's texts, for `objective: distill`.
 
-The teacher reads what the student will: the texts of `data:` (the held-out ones too), rendered by the student's template and
-cut into sequences as in training. Rows are kept by sample id for trained tokens alone; `dqjax.data.teacher_rows` has the
+The teacher reads what the student will: the texts of `data:` (the held-out ones too), rendered by the student's template
+and cut into sequences as in training. Rows are kept by sample id for trained tokens alone; `dqjax.data.teacher_rows` has the
 format and its bytes a token. Every host writes its own shards; the cache counts only once the last is done.
 """
 
@@ -79,7 +79,8 @@ def write_cache(config: Config, teacher: str, folder: pathlib.Path, *, k: int, d
                     id = found.documents.ids[sequence.values["row"]]
                     write_teacher_rows(writer, id, sequence.ids, sequence.trained, *(a[r, begin:end] for a in arrays))
                     begin = end
-        log.info("%s: %d samples, %d bytes a trained token", folder, writer.samples, sum(f.bytes for f in fields.values()))
+        size = sum(field.bytes for field in fields.values())
+        log.info("%s: %d samples, %d bytes a trained token", folder, writer.samples, size)
     return writer.samples
 
 
@@ -99,17 +100,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m dqjax.teacher_logits",
         description="Write a teacher's top-k log-probabilities of the texts of a training config, by sample id.",
         epilog="A trained token takes k × 6 + 2 bytes, k × 4 + 2 where the vocabulary has at most 65,536 tokens. "
-        "example: python -m dqjax.teacher_logits --config configs/miniature/distill.yaml --teacher runs/chain_sum/columns "
-        "--output runs/chain_sum/teacher_cache; then objective.teachers='[{cache: runs/chain_sum/teacher_cache}]'",
+        "example: python -m dqjax.teacher_logits --config configs/miniature/distill.yaml --teacher "
+        "runs/chain_sum/columns --output runs/chain_sum/teacher_cache; then objective.teachers='[{cache: runs/chain_sum/teacher_cache}]'",
     )
     parser.add_argument("--config", required=True, help="a training config with objective: distill")
     parser.add_argument("--teacher", required=True, metavar="DIR", help="a model, as model.init_from takes it")
-    parser.add_argument("--output", required=True, metavar="DIR", type=pathlib.Path, help="the cache; must not exist yet")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", type=pathlib.Path, help="the cache; must not exist yet"
+    )
     parser.add_argument("--k", type=int, default=64, help="tokens kept at each place; default %(default)s")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the log-probabilities; default %(default)s"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the log-probabilities; default %(default)s",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
+    )
     arguments = parser.parse_args(argv)
     config = load(Config, arguments.config, arguments.overrides)
     start_jax()

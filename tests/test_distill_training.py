@@ -56,7 +56,9 @@ def test_a_cache_of_all_tokens_is_the_teacher_on_the_mesh(workspace, online):
 def test_a_resumed_run_ends_in_the_same_bits(workspace):
     """With a teacher on the mesh and a compact cache at once, stopped after the first of two steps."""
     assert cache(workspace, "few", "--k=8") == 0
-    both = teachers({"model": str(workspace / "teacher"), "weight": 0.25}, {"cache": str(workspace / "few"), "weight": 0.75})
+    both = teachers(
+        {"model": str(workspace / "teacher"), "weight": 0.25}, {"cache": str(workspace / "few"), "weight": 0.75}
+    )
     assert run(workspace, "whole", both, "checkpoint.every=1", config=DISTILL) == 0
     shutil.copytree(workspace / "whole", workspace / "resumed")
     shutil.rmtree(workspace / "resumed/checkpoints/step_00000002")

@@ -66,8 +66,14 @@ def test_the_adapter_has_pefts_names_and_shapes(workspace, trained):
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     attention, mlp = "base_model.model.model.layers.2.self_attn", "base_model.model.model.layers.0.mlp"
     assert len(shapes) == 3 * 7 * 2
-    assert (shapes[f"{attention}.q_proj.lora_A.weight"], shapes[f"{attention}.q_proj.lora_B.weight"]) == ((4, 128), (128, 4))
-    assert (shapes[f"{attention}.k_proj.lora_A.weight"], shapes[f"{attention}.k_proj.lora_B.weight"]) == ((4, 128), (64, 4))
+    assert (shapes[f"{attention}.q_proj.lora_A.weight"], shapes[f"{attention}.q_proj.lora_B.weight"]) == (
+        (4, 128),
+        (128, 4),
+    )
+    assert (shapes[f"{attention}.k_proj.lora_A.weight"], shapes[f"{attention}.k_proj.lora_B.weight"]) == (
+        (4, 128),
+        (64, 4),
+    )
     assert (shapes[f"{mlp}.down_proj.lora_A.weight"], shapes[f"{mlp}.down_proj.lora_B.weight"]) == ((4, 384), (128, 4))
     values = json.loads((workspace / "names/adapter_config.json").read_text())
     assert (values["r"], values["lora_alpha"], values["task_type"]) == (4, 8, "CAUSAL_LM")

@@ -1,7 +1,7 @@
 """Low-rank adapters on disk: what a run that trained them says of its base, and PEFT's format.
 
-    adapter_config.json          rank, alpha, targets, name of the base
-    adapter_model.safetensors    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [R, in], lora_B [out, R]
+adapter_config.json          rank, alpha, targets, name of the base
+adapter_model.safetensors    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [R, in], lora_B [out, R]
 """
 
 import dataclasses
@@ -67,7 +67,11 @@ def merged(read: Read, base: Read, config: LoRAConfig, path: tuple[str, ...]) ->
     """
     if path[0] == "score":
         return read(path)
-    inputs = {("layers", *product.path, "kernel"): product.inputs for name, product in PRODUCTS.items() if name in config.targets}
+    inputs = {
+        ("layers", *product.path, "kernel"): product.inputs
+        for name, product in PRODUCTS.items()
+        if name in config.targets
+    }
     if path not in inputs:
         return base(path)
     a, b = (np.asarray(read((*path[:-1], name)), np.float32) for name in ("lora_a", "lora_b"))
@@ -77,7 +81,9 @@ def merged(read: Read, base: Read, config: LoRAConfig, path: tuple[str, ...]) ->
     return kernel + low.reshape(kernel.shape)
 
 
-def save_peft(read: Read, run: AdapterRun, config: ModelConfig, folder: pathlib.Path, *, base_name: str, head: bool) -> None:
+def save_peft(
+    read: Read, run: AdapterRun, config: ModelConfig, folder: pathlib.Path, *, base_name: str, head: bool
+) -> None:
     """Writes adapters as PEFT does, float32.
 
     Args:
@@ -88,7 +94,9 @@ def save_peft(read: Read, run: AdapterRun, config: ModelConfig, folder: pathlib.
     tensors = dict(_tensors(read, run.config, config))
     if head:
         tensors["base_model.model.score.weight"] = np.asarray(read(("score", "kernel")))
-    with Writer(folder / "adapter_model.safetensors", {n: x.shape for n, x in tensors.items()}, np.dtype(np.float32)) as out:
+    with Writer(
+        folder / "adapter_model.safetensors", {n: x.shape for n, x in tensors.items()}, np.dtype(np.float32)
+    ) as out:
         for name, array in tensors.items():
             out.write(name, array)
     values: dict[str, Any] = {

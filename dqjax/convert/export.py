@@ -126,7 +126,9 @@ def to_peft_folder(name: str, folder: pathlib.Path, *, step: int | None = None, 
     source = resolve_model(name)
     run = adapter_run(source)
     if run is None:
-        raise ConfigError(f"{name} holds no adapters: expected a run whose config has a lora section; to-hf exports whole models")
+        raise ConfigError(
+            f"{name} holds no adapters: expected a run whose config has a lora section; to-hf exports whole models"
+        )
     step, read = open_checkpoint(source, step)
     with appearing(folder) as building:
         head = classifier_config(source) is not None

@@ -19,7 +19,8 @@ The result is the last column's sum, then the last digits of the others from rig
 `checked` is `columns` and a remark that says nothing more: as right, and longer. `running` keeps the running totals alone
 (`41 - 54 = -13`), `answer` has no chain.
 
-`write_hasty_chain` writes columns that end before the last term, `write_mistaken_chain` columns with wrong digits, from which everything behind them follows.
+`write_hasty_chain` writes columns that end before the last term, `write_mistaken_chain` columns with wrong digits, from
+which everything behind them follows.
 """
 
 import random
@@ -78,8 +79,8 @@ def write_hasty_chain(expression: str) -> tuple[str, str]:
 def write_mistaken_chain(expression: str, more: float = 0.0) -> tuple[str, str]:
     """(chain, answer) in the style `columns` with one wrong digit at least, drawn by the expression.
 
-    A wrong digit is the last one of a column's result; carries stay, and all that follows is computed from the wrong total,
-    so that only the arithmetic of its column gives it away. Where several would cancel out, there is only one.
+    A wrong digit is the last one of a column's result; carries stay, and all that follows is computed from the wrong
+    total, so that only the arithmetic of its column gives it away. Where several would cancel out, there is only one.
 
     Args:
       more: chance of every other column to be wrong too.

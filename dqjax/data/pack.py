@@ -31,7 +31,8 @@ class Tokens:
       trained: whether token i is learnt, as a target. `trained[0]` has no effect.
       values: one number a sequence, for the side arrays [B, S]; ints become int32, floats float32.
       token_values: name → one entry a token, [n] or [n, ...] of any dtype, for side arrays [B, T, ...]; entry i belongs
-        to token i as a target and lands where `targets` holds that token, as the log-probability of a sampled token must.
+        to token i as a target and lands where `targets` holds that token, as the log-probability of a sampled token
+        must.
     """
 
     ids: Int[np.ndarray, " n"]

@@ -19,8 +19,8 @@ BOTH_RIGHT = {"kind": ("style", "quality"), "gap": ("small",)}
 def report_right_rejected(pairs: Sequence[Item]) -> int:
     """Counts the pairs whose rejected answer reaches the reference, and warns with the first of them.
 
-    Looked at are pairs with an `answer` column, but for those that are meant so (`BOTH_RIGHT`); an answer that cannot be
-    graded counts as wrong.
+    Looked at are pairs with an `answer` column, but for those that are meant so (`BOTH_RIGHT`); an answer that cannot
+    be graded counts as wrong.
     """
     asked = [pair for pair in pairs if pair.record.answer is not None and not _meant(pair.record)]
     if not asked:
@@ -30,8 +30,8 @@ def report_right_rejected(pairs: Sequence[Item]) -> int:
     right = [pair for pair, grade in zip(asked, grades, strict=True) if grade.score >= RIGHT]
     if right:
         log.warning(
-            "%d of %d rejected answers reach the reference answer: these pairs teach against a right answer; the first is %s "
-            "at %s",
+            "%d of %d rejected answers reach the reference answer: these pairs teach against a right answer; the first is "
+            "%s at %s",
             *(len(right), len(asked), right[0].record.id, right[0].where),
         )
     return len(right)

@@ -37,7 +37,9 @@ Make = Callable[[Sequence[RawRow], Sequence[Record]], Sequence[Any]]
 """(raw rows, their records) → one thing a record; a BadRow says why there is none."""
 
 
-def read_items(config: DataConfig, sources: Sequence[SourceConfig], make: Make, *, what: str) -> tuple[list[Item], dict[str, int]]:
+def read_items(
+    config: DataConfig, sources: Sequence[SourceConfig], make: Make, *, what: str
+) -> tuple[list[Item], dict[str, int]]:
     """The items of `sources`, and counts of the others; those go to the quarantine file with file, line and reason.
 
     Args:

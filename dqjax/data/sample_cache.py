@@ -6,9 +6,9 @@
       shard-000-00000.starts.npy [n + 1] int64: the rows of sample i are starts[i]:starts[i + 1]
       shard-000-00000.NAME.npy   [rows, ...] of each field
 
-A sample is found by its id and its tokens, never by its place, so any number of hosts may read in any order, and a sample
-that is tokenised otherwise than it was is missing instead of wrong. Each writing process has a manifest, written last: a
-cache without all of them does not exist. Files are mapped into memory, not read.
+A sample is found by its id and its tokens, never by its place, so any number of hosts may read in any order, and a
+sample that is tokenised otherwise than it was is missing instead of wrong. Each writing process has a manifest, written
+last: a cache without all of them does not exist. Files are mapped into memory, not read.
 """
 
 import dataclasses
@@ -71,7 +71,13 @@ class CacheWriter:
         part: tuple[int, int] = (0, 1),
         shard_rows: int = 1 << 20,
     ):
-        self.folder, self._fields, self._meta, self._part, self._full = folder, dict(fields), dict(meta), part, shard_rows
+        self.folder, self._fields, self._meta, self._part, self._full = (
+            folder,
+            dict(fields),
+            dict(meta),
+            part,
+            shard_rows,
+        )
         if any(folder.glob(f"manifest-{part[0]}-of-*.json")):
             raise ConfigError(f"{folder} holds a cache already; remove it, or give another folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,13 +167,16 @@ class SampleCache:
         if not manifests:
             raise ConfigError(f"no cache at {folder}: expected a folder with manifest-0-of-1.json and shards")
         if len(manifests) != manifests[0]["parts"]:
-            raise ConfigError(f"{folder}: {len(manifests)} of {manifests[0]['parts']} manifests; its writing was not finished")
+            parts = manifests[0]["parts"]
+            raise ConfigError(f"{folder}: {len(manifests)} of {parts} manifests; its writing was not finished")
         self.meta: Mapping[str, Any] = manifests[0]["meta"]
         self.fields = {name: Field(f["dtype"], tuple(f["shape"])) for name, f in manifests[0]["fields"].items()}
         files = {name: entry for manifest in manifests for name, entry in manifest["files"].items()}
         for name, entry in sorted(files.items()):
             _check(self.folder / name, entry)
-        self._shards = [self._open(name.removesuffix(".keys.npy")) for name in sorted(files) if name.endswith(".keys.npy")]
+        self._shards = [
+            self._open(name.removesuffix(".keys.npy")) for name in sorted(files) if name.endswith(".keys.npy")
+        ]
         keys = [np.asarray(shard["keys"]) for shard in self._shards]
         self._shard_of = np.repeat(np.arange(len(keys)), [len(k) for k in keys])
         self._place_of = np.concatenate([np.arange(len(k)) for k in keys]) if keys else np.zeros(0, np.int64)
@@ -192,7 +201,9 @@ class SampleCache:
         """
         found = self._find(id, tokens)
         if found is None:
-            raise ValueError(f"{self.folder} holds nothing for sample {id!r} as it is tokenised now; write the cache anew")
+            raise ValueError(
+                f"{self.folder} holds nothing for sample {id!r} as it is tokenised now; write the cache anew"
+            )
         shard, begin, end = found
         return {name: shard[name][begin:end].view(np.dtype(field.dtype)) for name, field in self.fields.items()}
 
@@ -215,7 +226,9 @@ def expect_meta(cache: SampleCache, expected: Mapping[str, Any], reasons: Mappin
     """Raises ConfigError, with the reason of its key, where a cache was written for something else than `expected`."""
     for key, value in expected.items():
         if (got := cache.meta.get(key)) != value:
-            raise ConfigError(f"{cache.folder} was written with {reasons[key]} ({key} {got}, here {value}); write it anew")
+            raise ConfigError(
+                f"{cache.folder} was written with {reasons[key]} ({key} {got}, here {value}); write it anew"
+            )
 
 
 def _as_bits(array: np.ndarray) -> np.ndarray:

@@ -49,7 +49,7 @@ def write_teacher_rows(
     logprobs: Float[np.ndarray, "n k"],
     tail: Float[np.ndarray, " n"],
 ) -> None:
-    """Adds a sample. Row t of the arrays is the distribution behind token t; kept are those that predict a trained token."""
+    """Adds a sample. Row t of the arrays is the distribution behind token t; kept are those that predict a trained one."""
     kept = trained[1:]
     writer.add(id, tokens, {"ids": ids[:-1][kept], "logprobs": logprobs[:-1][kept], "tail": tail[:-1][kept]})
 
@@ -81,8 +81,8 @@ class TeacherRows:
                     wrong.append(id)
         if wrong:
             raise ConfigError(
-                f"{self._cache.folder} does not hold {len(wrong)} of {sequences} sequences as they are tokenised now, the first "
-                f"of sample {wrong[0]!r}: its data, chat template or data settings are others; write the cache anew"
+                f"{self._cache.folder} does not hold {len(wrong)} of {sequences} sequences as they are tokenised now, the "
+                f"first of sample {wrong[0]!r}: its data, chat template or data settings are others; write the cache anew"
             )
 
     def __call__(
@@ -95,7 +95,9 @@ class TeacherRows:
         total = np.logaddexp.reduce(logprobs, axis=-1, keepdims=True)
         left = np.log1p(-np.minimum(np.exp(rows["tail"].astype(np.float32)), 1 - 1e-6))[:, None]
         found = {self._names[0]: rows["ids"].astype(np.int32), self._names[1]: logprobs - total + left}
-        out = {name: np.full((len(tokens), array.shape[1]), -(name == self._names[0]), array.dtype) for name, array in found.items()}
+        out = {}
         for name, array in found.items():
+            empty = -1 if name == self._names[0] else 0
+            out[name] = np.full((len(tokens), array.shape[1]), empty, array.dtype)
             out[name][targets] = array
         return out

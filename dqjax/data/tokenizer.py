@@ -81,9 +81,9 @@ def check_teacher_tokenizer(student: Any, teacher: Any, *, where: str) -> None:
         if (other := theirs.get(token)) != number:
             has = "has no such token" if other is None else f"calls it {other}"
             raise ConfigError(
-                f"the teacher in {where} has another tokenizer: token {number} of the student, {token!r}, is not its own: it "
-                f"{has}. Distributions over other tokens cannot be compared; take a teacher of the student's family, or "
-                "distil its text with objective: sft"
+                f"the teacher in {where} has another tokenizer: token {number} of the student, {token!r}, is not its own: "
+                f"it {has}. Distributions over other tokens cannot be compared; take a teacher of the student's family, "
+                "or distil its text with objective: sft"
             )
 
 

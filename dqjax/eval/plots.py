@@ -1,4 +1,4 @@
-"""Figures as PNG: any set of curves, pass@k, accuracy against tokens, reliability. Needs matplotlib (the extra dqjax[plots])."""
+"""Figures as PNG: any set of curves, pass@k, accuracy against tokens, reliability. Needs dqjax[plots]."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -94,7 +94,8 @@ def draw_reliability(path: str | pathlib.Path, confidence: Sequence[float], accu
       ConfigError: matplotlib is not installed.
     """
     curves = {"as sure as right": Curve([0.5, 1.0], [0.5, 1.0]), "held-out pairs": Curve(confidence, accuracy)}
-    return draw_curves(path, curves, x="probability given to the preferred answer", y="share of pairs that are right", shares=True)
+    x, y = "probability given to the preferred answer", "share of pairs that are right"
+    return draw_curves(path, curves, x=x, y=y, shares=True)
 
 
 def pass_at_k_curve(graded: Sequence[Graded], level: float) -> Curve:

@@ -1,4 +1,4 @@
-"""The most likely tokens at every place of a packed batch, without ever holding its logits: what a teacher is cached as."""
+"""The most likely tokens at every place of a packed batch, without ever holding its logits: what a cache keeps."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def top_k_logprobs(
 ) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, "B T"]]:
     """Ids and log-probabilities of the k most likely tokens, and the log-probability of all others together.
 
-    log softmax(hidden · tableᵀ / temperature) over the first `vocab` tokens. The tail is what the k leave of 1, at least
-    one float32 rounding, as `losses.distillation.top_k_divergence` counts it.
+    log softmax(hidden · tableᵀ / temperature) over the first `vocab` tokens. The tail is what the k leave of 1, at
+    least one float32 rounding, as `losses.distillation.top_k_divergence` counts it.
 
     Raises:
       ValueError: k is not between 1 and the number of tokens.

@@ -1,6 +1,6 @@
 """Low-rank adapters: a few trained numbers beside the frozen products of a decoder (https://arxiv.org/abs/2106.09685).
 
-    y = x W + (alpha / rank) · (x A) B            A [in, rank], B [rank, out]; B starts at 0, so training starts at the base
+    y = x W + (alpha / rank) · (x A) B        A [in, rank], B [rank, out]; B starts at 0, so training starts at the base
 
 Trained are A and B of each target, stacked over layers, and the head of a classifier; their tree has the base's paths::
 
@@ -46,8 +46,8 @@ PRODUCTS: dict[str, Product] = {
 class LoRAConfig(Section):
     """lora: train low-rank adapters instead of the weights; the base stays as it is. Left out: all weights are trained.
 
-    rank: of each adapter [D]. alpha: the adapters' product is scaled by alpha / rank [D]. targets: the products that get one,
-    by their Hugging Face names; all by default [D].
+    rank: of each adapter [D]. alpha: the adapters' product is scaled by alpha / rank [D]. targets: the products that get
+    one, by their Hugging Face names; all by default [D].
     """
 
     rank: int = Field(16, ge=1)
@@ -89,7 +89,9 @@ class Adapters:
             for tree, place in zip(out, (0, 1)):
                 tree["layers"].setdefault(group, {})[name] = {key: value[place] for key, value in pair.items()}
         out[0]["layers"] = jax.tree.map(
-            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), out[0]["layers"], is_leaf=lambda x: isinstance(x, tuple)
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+            out[0]["layers"],
+            is_leaf=lambda x: isinstance(x, tuple),
         )
         for part in self.trained_whole:
             out[0][part], out[1][part] = shapes[part], names[part]
@@ -137,7 +139,7 @@ class Adapters:
         return {**base, "layers": layers, **{part: params[part] for part in self.trained_whole}}
 
     def merge(self, base: Params, params: Params) -> Params:
-        """The base with the adapters' products added to its kernels: a model without adapters that computes the same."""
+        """The base with the adapters' products added to its kernels: a plain model that computes the same."""
         joined = self.join(base, params)
         layers = dict(joined["layers"])
         for group, products in params["layers"].items():

@@ -76,7 +76,9 @@ def distill(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Se
     source = data.loader
     if objective.on_policy is not None:
         if config.data.too_long != "drop" or config.data.train_on_prompt:
-            raise ConfigError("objective.on_policy: answers are sampled whole; leave out data.too_long and data.train_on_prompt")
+            raise ConfigError(
+                "objective.on_policy: answers are sampled whole; leave out data.too_long and data.train_on_prompt"
+            )
         source = on_policy_source(objective.on_policy, data, model, rules, seed=config.train.seed)
     return Setup(
         trainable=model.decoder,

@@ -3,7 +3,7 @@
     loader's batch   prompt a, text a | prompt b, text b
     on policy        prompt a, sample a | prompt b, sample b      packed anew, trained on the samples
 
-Which batches and which samples is a function of the loader's state and a seed, so a resumed run goes on as it would have.
+Which batches and which samples is a function of the loader's state and a seed, so a resumed run goes on the same.
 """
 
 import dataclasses

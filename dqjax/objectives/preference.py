@@ -1,4 +1,4 @@
-"""objective: preference. Pairs, packed, into DPO or CogPO against the starting weights, or what they said of each pair."""
+"""objective: preference. Pairs, packed, into DPO or CogPO against the starting weights, or what they said."""
 
 import logging
 import pathlib

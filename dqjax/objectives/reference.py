@@ -1,4 +1,4 @@
-"""A reference's log-probabilities of preference pairs: computed once with the starting weights, kept in the run folder."""
+"""A reference's log-probabilities of preference pairs: computed once, kept in the run folder."""
 
 import hashlib
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def cached_reference(
     model: Model, rules: Rules, folder: pathlib.Path, *, rows: int, row_length: int
 ) -> Callable[[PairSet], dict[str, Float[np.ndarray, "P 2"]]]:
-    """A function from pairs to `reference_logprob` of each one's (chosen, rejected), which weights are read for only once.
+    """A function from pairs to `reference_logprob` of each one's (chosen, rejected), computed only once.
 
     Args:
       model: the reference, as its source holds it.
@@ -56,7 +56,8 @@ def _write(pairs: PairSet, model: Model, rules: Rules, folder: pathlib.Path, *, 
     _together("removed")
     params = read_parameters(model, dtype=model.decoder.dtype)
     logprobs = jax.jit(
-        make_sequence_logprobs(model.decoder, rules, vocab=model.vocab), out_shardings=rules.sharding(("batch",), (rows,))
+        make_sequence_logprobs(model.decoder, rules, vocab=model.vocab),
+        out_shardings=rules.sharding(("batch",), (rows,)),
     )
     batches = PairEvaluation(
         PairRows.of(pairs, np.arange(len(pairs)), row_length),

@@ -75,7 +75,8 @@ def _with_diagram(evaluate: Evaluate, bins: Sequence[str], file: pathlib.Path) -
         numbers, texts = evaluate(params, frozen)
         if jax.process_index() == 0 and importlib.util.find_spec("matplotlib"):
             seen = [b for b in bins if f"calibration_accuracy/{b}" in numbers]
-            draw_reliability(file, *([numbers[f"calibration_{of}/{b}"] for b in seen] for of in ("confidence", "accuracy")))
+            confidence, accuracy = ([numbers[f"calibration_{of}/{b}"] for b in seen] for of in ("confidence", "accuracy"))
+            draw_reliability(file, confidence, accuracy)
         return numbers, texts
 
     return both

@@ -46,8 +46,8 @@ class TeacherConfig(Section):
 class OnPolicyConfig(Section):
     """on_policy: learn from the student's own answers too, as GKD does (https://arxiv.org/abs/2306.13649, algorithm 1).
 
-    fraction: chance of a batch to have its answers sampled anew (GKD's λ). max_new_tokens: the limit of a sample; what does
-    not fit into a row behind its prompt is cut. temperature: of sampling. decode_rows: sequences decoded together [D].
+    fraction: chance of a batch to have its answers sampled anew (GKD's λ). max_new_tokens: the limit of a sample; what
+    does not fit into a row behind its prompt is cut. temperature: of sampling. decode_rows: sequences decoded together [D].
     """
 
     fraction: float = Field(0.5, gt=0, le=1)
@@ -87,7 +87,7 @@ class DistillConfig(Section):
         if self.on_policy and any(teacher.cache for teacher in self.teachers):
             raise ValueError("on_policy: a cache holds nothing of what the student will say; give teachers as models")
         if self.on_policy and self.loss == "hinton":
-            raise ValueError("on_policy: the cross-entropy of hinton would teach the student its own samples; use another loss")
+            raise ValueError("on_policy: hinton's cross-entropy would teach the student its own samples; use another loss")
         return self
 
     def divergence(self) -> float:

@@ -29,7 +29,12 @@ def oracle(prefix):
 
 def write(folder, data, qwen3, *, parts=1, temperature=1.0, dtype="float32", reverse=False):
     """Writes the oracle's rows of all sequences, by `parts` processes, in the plan's order or from its end."""
-    sequences = [(found.documents.ids[s.values["row"]], s) for found in data.row_sets for r in range(len(found)) for s in found.row(r)]
+    sequences = [
+        (found.documents.ids[s.values["row"]], s)
+        for found in data.row_sets
+        for r in range(len(found))
+        for s in found.row(r)
+    ]
     for part in range(parts):
         fields, meta = teacher_fields(K, VOCAB, dtype), teacher_meta(qwen3, temperature)
         with CacheWriter(folder, fields, meta, part=(part, parts), shard_rows=200) as writer:
@@ -87,7 +92,9 @@ def test_a_shuffled_resumed_resharded_run_reads_its_own_rows(open_data, qwen3, t
 
 def test_rows_of_another_sample_would_be_seen(open_data, qwen3, tmp_path):
     """The check above fails where two samples' rows are swapped, so it can fail."""
-    reader = TeacherRows(write(tmp_path / "teacher", open_data(), qwen3), qwen3, 1.0, ("teacher_ids", "teacher_logprobs"))
+    reader = TeacherRows(
+        write(tmp_path / "teacher", open_data(), qwen3), qwen3, 1.0, ("teacher_ids", "teacher_logprobs")
+    )
     reader._cache._order = np.roll(reader._cache._order, 1)
     with pytest.raises((AssertionError, ValueError)):
         for _ in range(3):

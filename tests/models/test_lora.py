@@ -61,7 +61,9 @@ def test_merged_computes_what_joined_does_and_training_starts_at_the_base(mesh):
     assert np.abs(joined - plain).max() > 1e-2
     fresh = adapters.init(jax.random.key(0), base)
     np.testing.assert_allclose(run(adapters.join(base, fresh)), plain, rtol=1e-5, atol=1e-5)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(lambda s: (s.shape, s.dtype), adapters.shapes())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(
+        lambda s: (s.shape, s.dtype), adapters.shapes()
+    )
     for x in jax.tree.leaves(fresh["layers"]["attention"]["q"]["lora_a"]):
         assert 0 < float(jnp.abs(x).max()) <= 1 / np.sqrt(32)
 
@@ -77,7 +79,9 @@ def test_generation_with_a_cache_uses_the_adapters():
 
 
 def test_targets_choose_the_products_and_a_classifier_trains_its_head():
-    _, adapters, base, params = made(tiny.one_device(), LoRAConfig(rank=2, targets=["v_proj", "down_proj"]), classify=True)
+    _, adapters, base, params = made(
+        tiny.one_device(), LoRAConfig(rank=2, targets=["v_proj", "down_proj"]), classify=True
+    )
     assert {tuple(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)} == {
         ("layers", "attention", "v", "lora_a"),
         ("layers", "attention", "v", "lora_b"),
