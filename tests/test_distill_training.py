@@ -47,7 +47,9 @@ def test_a_cache_of_all_tokens_is_the_teacher_on_the_mesh(workspace, online):
     assert cache(workspace, "all", "--k=320", "--dtype=float32") == 0
     assert run(workspace, "cached", teachers({"cache": str(workspace / "all")}), config=DISTILL) == 0
     expected, found = curve(online), curve(workspace / "cached")
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
+    # The bucket of other tokens is empty here, but one float32 rounding for the teacher: 1e-7 · log(1e-7 / 0+) is 2e-5.
+    assert found[1][0] == pytest.approx(expected[1][0], abs=5e-5)
+    assert found[1][1] == pytest.approx(expected[1][1], rel=1e-4)
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-2)  # Adam's first step turns rounding into signs
     last = next(row for row in metrics(online) if "eval/loss" in row)
     assert {"eval/cross_entropy", "eval/sample"} <= last.keys()

@@ -91,10 +91,10 @@ class TeacherRows:
         """The values of a sample; row i is the distribution that token i was a target of."""
         rows = self._cache.rows(id, tokens)
         targets = trained & (np.arange(len(tokens)) > 0)
-        logprobs = rows["logprobs"].astype(np.float32)
-        total = np.logaddexp.reduce(logprobs, axis=-1, keepdims=True)
-        left = np.log1p(-np.minimum(np.exp(rows["tail"].astype(np.float32)), 1 - 1e-6))[:, None]
-        found = {self._names[0]: rows["ids"].astype(np.int32), self._names[1]: logprobs - total + left}
+        head, tail = (rows[name].astype(np.float64) for name in ("logprobs", "tail"))
+        scale = (1 - np.minimum(np.exp(tail), 1 - 1e-6)) / np.exp(head).sum(axis=-1)
+        logprobs = (head + np.log(scale)[:, None]).astype(np.float32)
+        found = {self._names[0]: rows["ids"].astype(np.int32), self._names[1]: logprobs}
         out = {}
         for name, array in found.items():
             empty = -1 if name == self._names[0] else 0
