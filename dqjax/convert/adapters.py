@@ -51,7 +51,8 @@ def adapter_run(source: ModelSource) -> AdapterRun | None:
     path = source.folder / "config.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        lora, name = values.get("lora"), values["model"]["init_from"]
+        lora = values.get("lora")
+        name = lora and values["model"]["init_from"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as e:
         raise ConfigError(f"{path} is not the config of a run ({e}); restore it") from None
     if lora is None:
