@@ -140,7 +140,8 @@ def measure_policy(
     ids = model.chat.encode([model.chat.prompt_text(p.messages, thinking=thinking) for p in problems])
     prompts = [Prompt(tuple(prompt), seed) for seed, prompt in enumerate(ids)]
 
-    def evaluate(params: Params, _frozen: object) -> tuple[dict[str, float], dict[str, str]]:
+    def evaluate(params: Params, frozen: object) -> tuple[dict[str, float], dict[str, str]]:
+        del frozen  # samples and grades need no reference
         samples = engine.generate(params, prompts)
         completions = [completion_of(model.chat, p, s, thinking=thinking) for p, s in zip(problems, samples, strict=True)]
         return scalars(numbers_of(completions, mix(completions))), {}
