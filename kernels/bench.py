@@ -10,12 +10,10 @@ counted; FLOPs are those of the visible pairs only, so nothing skipped is ever c
 """
 
 import argparse
-import datetime
 import json
 import logging
 import math
 import pathlib
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +25,7 @@ from dqjax.kernels import peers
 from dqjax.kernels.attention.api import attention, make_plan, packed_backend
 from dqjax.kernels.decode_attention.api import decode_attention
 from dqjax.kernels.linear_logprob.api import TeacherHead, linear_cross_entropy, linear_kl, linear_logprob
-from dqjax.kernels.measure import Candidate, jax_candidate, measure, torch_candidate
+from dqjax.kernels.measure import Candidate, jax_candidate, machine, measure, torch_candidate
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(markdown(json.loads(options.table.read_text())))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    results: dict[str, Any] = {"machine": _machine(), "ceilings": _ceilings(options), "cases": []}
+    results: dict[str, Any] = {"machine": machine(), "ceilings": _ceilings(options), "cases": []}
     failed = False
     for kind in options.only:
         for case in CASES[options.size][kind]:
@@ -328,17 +326,6 @@ def _ceilings(options: argparse.Namespace) -> dict[str, float]:
     return {
         "product_tflops": 2 * n**3 / times["product"].ms / 1e9,
         "copy_terabytes_per_second": 2 * 4 * n**2 / times["copy"].ms / 1e9,
-    }
-
-
-def _machine() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
     }
 
 

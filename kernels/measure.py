@@ -4,6 +4,8 @@ A candidate runs n and then 2n dependent repetitions; its time is (t₂ₙ - t�
 host's clock fall out. Candidates take turns, and the median over the rounds is reported with its spread.
 """
 
+import datetime
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,6 +88,18 @@ def measure(candidates: Mapping[str, Candidate], *, repetitions: int, rounds: in
             if round_:
                 times[name].append((double - single) / repetitions * 1e3)
     return {name: _summary(sorted(of)) for name, of in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What results name beside their figures: the day, the device and the versions."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _seconds(run: Callable[[int], None], repetitions: int) -> float:

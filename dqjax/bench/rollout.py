@@ -11,7 +11,6 @@ cached so far:
 """
 
 import argparse
-import datetime
 import json
 import logging
 import pathlib
@@ -26,7 +25,7 @@ import numpy as np
 
 from dqjax.bench.peers import transformers_generate
 from dqjax.config import ConfigError
-from dqjax.kernels.measure import jax_candidate, measure
+from dqjax.kernels.measure import jax_candidate, machine, measure
 from dqjax.models.config import SIZES, ModelConfig, read_config
 from dqjax.models.decoder import Decoder
 from dqjax.rollout.engine import Engine, Prompt
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--prompt-tokens, --new-tokens, --batch and --rounds: expected at least 1")
     config = SIZES[options.model] if options.model in SIZES else read_config(options.model)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (options.batch, options.prompt_tokens))
-    results = {"machine": _machine(), "options": {**vars(options), "out": None}, "read_bytes_per_second": _read_rate()}
+    results = {"machine": machine(), "options": {**vars(options), "out": None}, "read_bytes_per_second": _read_rate()}
     results["dqjax"] = _ours(options, config, prompts, results["read_bytes_per_second"])
     results["transformers"] = _theirs(options, config, prompts)
     if "tokens_per_second" in results["transformers"]:
@@ -155,12 +154,3 @@ def _read_rate() -> float:
     array = jnp.ones(2**29 if jax.default_backend() != "cpu" else 2**24, jnp.float32)
     timing = measure({"read": jax_candidate(jnp.sum, (array,))}, repetitions=4, rounds=5)["read"]
     return array.nbytes / timing.ms * 1e3
-
-
-def _machine() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "jax": jax.__version__,
-    }
