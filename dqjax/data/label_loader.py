@@ -8,7 +8,7 @@ Order and state are those of `data.loader`.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,13 @@ from dqjax.config import ConfigError
 from dqjax.data.chain_rows import DIFFICULTY, VERBOSITY, label_of
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import DataConfig, SourceConfig
-from dqjax.data.loader import Loader, Stage
-from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing, pack_rows
+from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing
 from dqjax.data.pair_loader import closing_ids
 from dqjax.data.reading import TooLong, read_items
 from dqjax.data.records import BadRow, Record, question_key
 from dqjax.data.sources import RawRow, decode
 from dqjax.data.split import split
-from dqjax.types import Batch
+from dqjax.data.weighed import WeighedEvaluation, WeighedLoader
 
 COLUMNS = {"verbosity": VERBOSITY, "difficulty": DIFFICULTY}
 """Name of each label in a batch, and its column in a row."""
@@ -84,6 +83,10 @@ class LabelledRows:
     def __len__(self) -> int:
         return len(self.plan)
 
+    @property
+    def columns(self) -> int:
+        return self.plan.columns
+
     def weights(self, rows: Sequence[int]) -> dict[str, float]:
         """1 / labels of each name in these rows."""
         numbers = self.numbers[np.concatenate([self.plan[r] for r in rows])]
@@ -103,50 +106,12 @@ class LabelledRows:
         return Tokens(ids, np.arange(len(ids)) == len(ids) - 1, values)
 
 
-class LabelledLoader(Loader):
-    """A `Source` of batches of labelled conversations, without end."""
-
-    def __init__(self, rows: LabelledRows, **options: Any):
-        """`options` are those of `Loader`."""
-        super().__init__([Stage(rows, None)], **options)
-
-    def batch_at(self, position: int) -> Batch:
-        """The batch whose first row is number `position` since the start of training."""
-        rows = self.stages[0].rows
-        places = [self._shuffled(*self._locate(p)) for p in range(position, position + self.batch_rows)]
-        weights = rows.weights(places)
-        local = [rows.row(places[i], weights) for i in self.local_rows]
-        return pack_rows(local, self.row_length, columns=self.columns, reduction="sum", pad_id=self._pad_id)
-
-
-class LabelledEvaluation:
-    """Held-out conversations in a fixed order, weighed over the whole set; the last batch is filled up."""
-
-    def __init__(self, rows: LabelledRows, *, batch_rows: int, local_rows: Sequence[int] | None = None, pad_id: int = 0):
-        self.rows, self.batch_rows = rows, batch_rows
-        self.local_rows = list(range(batch_rows) if local_rows is None else local_rows)
-        self._pad_id = pad_id
-
-    def __iter__(self) -> Iterator[Batch]:
-        rows, weights = self.rows, self.rows.weights(range(len(self.rows)))
-        for first in range(0, len(rows), self.batch_rows):
-            local = [rows.row(first + i, weights) if first + i < len(rows) else [] for i in self.local_rows]
-            yield pack_rows(
-                local,
-                rows.row_length,
-                columns=rows.plan.columns,
-                reduction="sum",
-                pad_id=self._pad_id,
-                like=rows.row(0, weights),
-            )
-
-
 @dataclasses.dataclass(frozen=True)
 class LabelledData:
     """What a scorer's run reads: `data.loader.TrainingData` for labelled conversations."""
 
-    loader: LabelledLoader
-    validation: LabelledEvaluation | None
+    loader: WeighedLoader
+    validation: WeighedEvaluation | None
     counts: Mapping[str, int]
 
 
@@ -166,10 +131,10 @@ def open_labelled_data(
     train, held, more = split(config, found, lambda config, sources: load_labelled(config, sources, chat)[0])
     rows = LabelledRows.of(found, train, config.row_length)
     placing = {"batch_rows": batch_rows, "local_rows": local_rows, "pad_id": tokenizer.pad_token_id}
-    loader = LabelledLoader(rows, seed=config.seed, prefetch=config.prefetch, **placing)
+    loader = WeighedLoader(rows, seed=config.seed, prefetch=config.prefetch, **placing)
     validation = None
     if held is not None:
-        validation = LabelledEvaluation(LabelledRows.of(held, np.arange(len(held)), config.row_length), **placing)
+        validation = WeighedEvaluation(LabelledRows.of(held, np.arange(len(held)), config.row_length), **placing)
     return LabelledData(loader, validation, counts | more | {"conversations": len(rows.numbers), "rows": len(rows)})
 
 

@@ -19,15 +19,14 @@ from jaxtyping import Float, Int
 from dqjax.config import ConfigError
 from dqjax.data.chat import ChatFormat
 from dqjax.data.config import DataConfig, SourceConfig
-from dqjax.data.loader import Loader, Stage
-from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing, pack_rows
+from dqjax.data.pack import RowPlan, Tokens, best_fit_decreasing
 from dqjax.data.pair_checks import report_right_rejected
 from dqjax.data.reading import TooLong, read_items
 from dqjax.data.records import BadRow, Record, question_key
 from dqjax.data.sources import RawRow
 from dqjax.data.split import split
 from dqjax.data.tokenise import turn_mode
-from dqjax.types import Batch
+from dqjax.data.weighed import WeighedEvaluation, WeighedLoader
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +100,14 @@ class PairRows:
         """Pairs of row r."""
         return len(self.plan[r])
 
+    @property
+    def columns(self) -> int:
+        return 2 * self.plan.columns
+
+    def weights(self, rows: Sequence[int]) -> float:
+        """1 / pairs of these rows."""
+        return 1.0 / sum(self.count(r) for r in rows)
+
     def row(self, r: int, weight: float) -> list[Tokens]:
         """The sequences of row r, chosen before rejected; `weight` is the share of each pair in the loss."""
         return [sequence for p in self.plan[r].tolist() for sequence in self._pair(p, weight)]
@@ -115,58 +122,20 @@ class PairRows:
             yield Tokens(ids, trained, values | own | {"chosen": 1 - side})
 
 
-class PairLoader(Loader):
-    """A `Source` of batches of pairs, without end; their weights are normalised over the global batch."""
-
-    def __init__(self, rows: PairRows, **options: Any):
-        """`options` are those of `Loader`."""
-        super().__init__([Stage(rows, None)], **options)
-        self.columns = 2 * rows.plan.columns
-
-    def batch_at(self, position: int) -> Batch:
-        """The batch whose first row is number `position` since the start of training."""
-        rows = self.stages[0].rows
-        places = [self._shuffled(*self._locate(p)) for p in range(position, position + self.batch_rows)]
-        weight = 1.0 / sum(rows.count(r) for r in places)
-        local = [rows.row(places[i], weight) for i in self.local_rows]
-        return pack_rows(local, self.row_length, columns=self.columns, reduction="sum", pad_id=self._pad_id)
-
-
-class PairEvaluation:
-    """Held-out pairs in a fixed order; iterating yields batches, the last filled up with empty rows.
-
-    Weights are normalised over the whole set: the batches' losses add up to the mean over its pairs.
-    """
-
-    def __init__(self, rows: PairRows, *, batch_rows: int, local_rows: Sequence[int] | None = None, pad_id: int = 0):
-        self.rows, self.batch_rows = rows, batch_rows
-        self.local_rows = list(range(batch_rows) if local_rows is None else local_rows)
-        self._pad_id = pad_id
+class PairEvaluation(WeighedEvaluation):
+    """Held-out pairs, weighed over the whole set."""
 
     @property
     def pairs(self) -> PairSet:
         """The held-out ones; the side value `row` numbers them."""
         return self.rows.pairs
 
-    def __iter__(self) -> Iterator[Batch]:
-        rows, weight = self.rows, 1.0 / len(self.rows.numbers)
-        for first in range(0, len(rows), self.batch_rows):
-            local = [rows.row(first + i, weight) if first + i < len(rows) else [] for i in self.local_rows]
-            yield pack_rows(
-                local,
-                rows.row_length,
-                columns=2 * rows.plan.columns,
-                reduction="sum",
-                pad_id=self._pad_id,
-                like=rows.row(0, weight),
-            )
-
 
 @dataclasses.dataclass(frozen=True)
 class PairData:
     """What a run on pairs reads: `data.loader.TrainingData` for pairs."""
 
-    loader: PairLoader
+    loader: WeighedLoader
     validation: PairEvaluation | None
     pairs: PairSet
     counts: Mapping[str, int]
@@ -207,7 +176,7 @@ def open_pair_data(
     train, held, more = split(config, pairs, lambda config, sources: load(config, sources)[0])
     rows = PairRows.of(pairs, train, config.row_length)
     placing = {"batch_rows": batch_rows, "local_rows": local_rows, "pad_id": tokenizer.pad_token_id}
-    loader = PairLoader(rows, seed=config.seed, prefetch=config.prefetch, **placing)
+    loader = WeighedLoader(rows, seed=config.seed, prefetch=config.prefetch, **placing)
     validation = None
     if held is not None:
         validation = PairEvaluation(PairRows.of(held, np.arange(len(held)), config.row_length), **placing)
