@@ -92,7 +92,9 @@ def test_the_export_scores_as_the_run_does_in_transformers_and_here(workspace):
     assert convert(["to-hf", str(workspace / "served"), str(out), "--dtype", "float32"]) == 0
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForSequenceClassification"] and config["id2label"] == {"0": "reward"}
-    assert "AutoModelForSequenceClassification" in (out / "README.md").read_text()
+    assert config["problem_type"] == "regression"  # a server leaves the logit as it is
+    card = (out / "README.md").read_text()
+    assert "AutoModelForSequenceClassification" in card and "vllm serve . --runner pooling --dtype float32" in card
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
     pairs = [json.loads(line) for line in (workspace / "few.jsonl").read_text().splitlines()]

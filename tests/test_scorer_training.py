@@ -8,6 +8,7 @@ import pytest
 
 from dqjax import score
 from dqjax.commands import run_command
+from dqjax.convert.__main__ import main as convert
 from tests.test_train import DEBUG, curve, parameters, run
 from tests.workspace import make_workspace
 
@@ -49,3 +50,26 @@ def test_a_file_is_scored_with_levels(workspace):
     rows = [json.loads(line) for line in (workspace / "scores.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     assert all(0 <= row[name] <= 9 for row in rows for name in ("verbosity", "difficulty"))
+
+
+def test_the_export_gives_the_levels_in_transformers(workspace):
+    """Softmax and mean in numpy over transformers' twenty logits are the levels that the run is scored with."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    out = workspace / "export"
+    assert convert(["to-hf", str(workspace / "whole"), str(out), "--dtype", "float32"]) == 0
+    assert "Ten logits a label" in (out / "README.md").read_text()
+    labels, found = workspace / "runs/chain_sum/data/labels.jsonl", {}
+    (workspace / "five.jsonl").write_text("".join(labels.read_text().splitlines(keepends=True)[:5]))
+    for name, checkpoint in (("run", workspace / "whole"), ("export", out)):
+        command = ["--checkpoint", str(checkpoint), "--input", str(workspace / "five.jsonl"), "--dtype", "float32"]
+        assert run_command(lambda: score.main([*command, "--output", str(workspace / f"{name}.jsonl")])) == 0
+        found[name] = [json.loads(line) for line in (workspace / f"{name}.jsonl").read_text().splitlines()]
+    assert found["run"] == found["export"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    for line, row in zip((workspace / "five.jsonl").read_text().splitlines(), found["run"], strict=True):
+        inputs = tokenizer.apply_chat_template(json.loads(line)["messages"], return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            p = np.exp(model(**inputs).logits.numpy().reshape(2, 10))
+        levels = (p / p.sum(-1, keepdims=True)) @ np.arange(10)
+        np.testing.assert_allclose([row["verbosity"], row["difficulty"]], levels, rtol=1e-5)

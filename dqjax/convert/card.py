@@ -1,12 +1,14 @@
 """The model card (README.md) of an exported model."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
 
 import dqjax
+from dqjax.convert.classifier import LABELS
 from dqjax.convert.licence import Licence
 
 Thinking = Literal["hybrid", "always", "none"]
@@ -40,19 +42,36 @@ _GENERATE = (
     "tends to loop.\n",
 )
 
-_SCORE = (
-    "```python",
-    "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-    "",
-    'folder = "."  # this folder',
-    "tokenizer = AutoTokenizer.from_pretrained(folder)",
-    "model = AutoModelForSequenceClassification.from_pretrained(folder)",
-    'chat = [{"role": "user", "content": "What is 17 * 23?"}, {"role": "assistant", "content": "391"}]',
-    'inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)',
-    "print(model(**inputs).logits)",
-    "```\n",
-    "The logits are raw, read at the last token of the whole conversation as the chat template ends it.\n",
+_SCORE = """```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+chat = {chat}
+inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+print(model(**inputs).logits)
+```
+
+Or behind vLLM's pooling server, which answers with the same numbers in `data[0].probs`:
+
+```bash
+vllm serve . --runner pooling --dtype {dtype} --pooler-config '{{"use_activation": false}}'
+curl http://localhost:8000/classify -H 'Content-Type: application/json' -d '{{"messages": {chat}}}'
+```
+
+{reading} They are raw, read at the last token of the whole conversation as the chat template ends it.
+"""
+
+_IN_CONTENT = (
+    "Send a chain inside `content`, between its tags, as above: vLLM 0.32 drops the field `reasoning_content` from a "
+    "conversation without a word, and scores the rest.\n"
 )
+
+_READING = {
+    LABELS["reward"]: "One logit: the higher, the better the answer.",
+    LABELS["scorer"]: "Ten logits a label: its level is the mean of 0 to 9 under their softmax.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +89,7 @@ class Card:
       training_config: of the run, as YAML; None for a model that was only converted.
       step: of the checkpoint.
       labels: names of a classifier's logits; empty for a language model.
+      dtype: of the weights.
     """
 
     title: str
@@ -83,6 +103,7 @@ class Card:
     training_config: str | None = None
     step: int | None = None
     labels: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
 
     def text(self) -> str:
         """The card in the hub's form: front matter, then Markdown."""
@@ -109,7 +130,7 @@ class Card:
             f"| Made with | dqjax {dqjax.__version__}{f', checkpoint of step {self.step}' if trained else ''} |",
             "",
             "## Use\n",
-            *(_SCORE if self.labels else _GENERATE),
+            *(self._scoring() if self.labels else _GENERATE),
         ]
         if trained:
             parts += ["## Training configuration\n", f"```yaml\n{self.training_config.strip()}\n```\n"]
@@ -118,6 +139,13 @@ class Card:
     def _generation_rows(self) -> list[str]:
         sampling = ", ".join(f"{k} {v}" for k, v in self.sampling.items())
         return [f"| Thinking | {_MODES[self.thinking]} |", f"| Recommended sampling | {sampling} |"]
+
+    def _scoring(self) -> list[str]:
+        chain = "" if self.thinking == "none" else "<think>\n17 * 20 = 340\n17 * 3 = 51\n</think>\n\n"
+        said = [("user", "What is 17 * 23?"), ("assistant", f"{chain}391")]
+        chat = json.dumps([{"role": role, "content": content} for role, content in said])  # a Python literal, too
+        text = _SCORE.format(chat=chat, dtype=self.dtype, reading=_READING.get(self.labels, "One logit a label."))
+        return [text, *([_IN_CONTENT] if chain else [])]
 
     def _licence(self) -> str:
         if self.base is None:

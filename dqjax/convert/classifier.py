@@ -57,9 +57,12 @@ def classifier_config(source: ModelSource) -> ClassifierConfig | None:
 
 
 def classifier_to_huggingface(config: ClassifierConfig, *, dtype: str) -> dict[str, Any]:
-    """The keys of `config.json` that describe a classifier."""
+    """The keys of `config.json` that describe a classifier.
+
+    A single logit is a `regression` problem, which servers answer raw; they would put it through a sigmoid otherwise.
+    """
     values = to_huggingface(config, dtype=dtype)
-    return values | {
+    return values | ({"problem_type": "regression"} if len(config.labels) == 1 else {}) | {
         "architectures": [values["architectures"][0].removesuffix("ForCausalLM") + SUFFIX],
         "id2label": {str(i): name for i, name in enumerate(config.labels)},
         "label2id": {name: i for i, name in enumerate(config.labels)},

@@ -109,6 +109,7 @@ def to_huggingface_folder(
             training_config=yaml.safe_dump(run, sort_keys=False) if run else None,
             step=step,
             labels=config.labels if classifies else (),
+            dtype=dtype,
         )
         write_text(building / "README.md", card.text())
     return card
