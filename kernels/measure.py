@@ -40,20 +40,20 @@ class Candidate(NamedTuple):
 
 
 def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candidate:
-    """A function of floating JAX arrays.
+    """A function of JAX arrays.
 
-    Repetitions are a loop in one program. One element of every operand takes in a part of every result, so that they
-    wait for each other and nothing can be moved out of the loop.
+    Repetitions are a loop in one program. The operands pass through a barrier together with a number that every
+    repetition takes from all results of the one before, so that nothing can be moved out of the loop, and nothing the
+    size of an operand is written beside the function's own work.
     """
 
     @jax.jit
     def repeat(repetitions, *operands):
-        def once(_, operands):
-            part = sum(r.reshape(-1)[-1].astype(jnp.float32) for r in jax.tree.leaves(f(*operands)))
-            # The compiler may not fold 0 · part to 0: it could be NaN.
-            return tuple(x.at[(0,) * x.ndim].add((part * 0).astype(x.dtype)) for x in operands)
+        def once(_, total):
+            total, *inputs = jax.lax.optimization_barrier((total, *operands))
+            return sum((r.reshape(-1)[-1].astype(jnp.float32) for r in jax.tree.leaves(f(*inputs))), total)
 
-        return jax.lax.fori_loop(0, repetitions, once, operands)
+        return jax.lax.fori_loop(0, repetitions, once, jnp.float32(0))
 
     memory = jax.jit(f).lower(*operands).compile().memory_analysis()
     return Candidate(

@@ -134,6 +134,20 @@ def tile_work(table, row, index):
     return tuple(table[row, index, i] for i in range(5))
 
 
+def over_steps(step, lower, upper, entry, carry):
+    """Runs `step(lower, upper, i, carry) -> carry` for all steps of a tile, with None for bounds that need no test."""
+    steps, lower_to, upper_from = entry
+    first, last = jnp.minimum(lower_to, upper_from), jnp.maximum(lower_to, upper_from)
+    for begin, end, bounds in (
+        (0, first, (lower, None)),
+        (first, upper_from, (None, None)),
+        (first, lower_to, (lower, upper)),
+        (last, steps, (None, upper)),
+    ):
+        carry = lax.fori_loop(begin, end, functools.partial(step, *bounds), carry)
+    return carry
+
+
 def stretched(x, shape, dimension):
     """A vector along `dimension` of a tile."""
     return lax.broadcast_in_dim(x, shape, [dimension])
@@ -141,12 +155,12 @@ def stretched(x, shape, dimension):
 
 def columns_seen(shape, first_column, lower, upper):
     """Where lower <= column < upper, with columns counted from `first_column` and bounds by row; None is no bound."""
-    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA) + first_column
     tests = []
     if lower is not None:
-        tests.append(column >= stretched(lower - first_column, shape, 0))
+        tests.append(column >= stretched(lower, shape, 0))
     if upper is not None:
-        tests.append(column < stretched(upper - first_column, shape, 0))
+        tests.append(column < stretched(upper, shape, 0))
     return functools.reduce(jnp.logical_and, tests)
 
 
@@ -274,11 +288,7 @@ def _forward_kernel(
                 V_DONE.arrive(slot)
                 return acc, new_peak, total
 
-            first, last = jnp.minimum(lower_to, upper_from), jnp.maximum(lower_to, upper_from)
-            carry = lax.fori_loop(0, first, functools.partial(step, lower, None), (acc, peak, total))
-            carry = lax.fori_loop(first, upper_from, functools.partial(step, None, None), carry)
-            carry = lax.fori_loop(first, lower_to, functools.partial(step, lower, upper), carry)
-            acc, peak, total = lax.fori_loop(last, steps, functools.partial(step, None, upper), carry)
+            acc, peak, total = over_steps(step, lower, upper, (steps, lower_to, upper_from), (acc, peak, total))
 
             some = total > 0
             inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)

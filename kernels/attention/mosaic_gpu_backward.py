@@ -28,6 +28,7 @@ from dqjax.kernels.attention.mosaic_gpu import (
     bent_products,
     columns_seen,
     forward,
+    over_steps,
     stretched,
     tile_work,
     whole_tiles,
@@ -78,8 +79,6 @@ def _dq(arrays, tiles, variant):
             mine_here=plgpu.Barrier(num_barriers=2, num_arrivals=2),
             k_here=plgpu.Barrier(num_barriers=STAGES_KV),
             v_here=plgpu.Barrier(num_barriers=STAGES_KV),
-            k_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES_KV),
-            v_done=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES_KV),
         ),
         grid=(N, T // TILE, B),
         grid_names=("head", "tile", "row"),
@@ -90,18 +89,24 @@ def _dq(arrays, tiles, variant):
     )(*arrays, tiles)
 
 
+K_DONE, V_DONE = Handover(4, 288), Handover(4 + STAGES_KV, 288)
+
+
 def _dq_kernel(
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lower_ref, upper_ref, tiles_ref, dq_ref,
-    *, q_smem, do_smem, k_smem, v_smem, mine_here, k_here, v_here, k_done, v_done, variant, group,
+    *, q_smem, do_smem, k_smem, v_smem, mine_here, k_here, v_here, variant, group,
 ):  # fmt: skip
     row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
-    tile, start, steps, lower_to, upper_from = tile_work(tiles_ref, row, lax.axis_index("tile"))
-    start *= ALIGNED
+    tile, start, *entry = tile_work(tiles_ref, row, lax.axis_index("tile"))
+    start, steps = start * ALIGNED, entry[0]
 
     @pl.when(warpgroup < 2)
     def compute():
         plgpu.set_max_registers(240, action="increase")
         rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+        for slot in range(STAGES_KV):
+            K_DONE.arrive(slot)
+            V_DONE.arrive(slot)
         q_mine, do_mine = q_smem.at[warpgroup], do_smem.at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_mine, mine_here.at[warpgroup])
         plgpu.copy_gmem_to_smem(do_ref.at[row, rows, head], do_mine, mine_here.at[warpgroup])
@@ -115,7 +120,7 @@ def _dq_kernel(
         plgpu.barrier_wait(mine_here.at[warpgroup])
 
         def all_steps(dq):
-            def step(i, _):
+            def step(lower, upper, i, _):
                 slot = lax.rem(i, STAGES_KV)
                 plgpu.barrier_wait(k_here.at[slot])
                 plgpu.barrier_wait(v_here.at[slot])
@@ -126,22 +131,20 @@ def _dq_kernel(
                     x, factor, slope = bent_products(plgpu.wgmma_accumulator_load(products, wait_n=1), variant)
                     weights = jnp.exp2(x * factor - stretched(lse, x.shape, 0))
 
-                    def edge():
+                    if lower is not None or upper is not None:
                         see = columns_seen(x.shape, start + i * STEP_KV, lower, upper)
-                        return jnp.where(see, weights, 0.0)
-
-                    weights = lax.cond((i < lower_to) | (i >= upper_from), edge, lambda: weights)
+                        weights = jnp.where(see, weights, 0.0)
                     return weights if slope is None else weights * slope, d_weights[...]
 
                 tile_type = plgpu.ACC((ROWS, STEP_KV), jnp.float32)
                 weights, d_weights = pl.run_scoped(weights_and_slopes, tile_type, tile_type)
-                plgpu.barrier_arrive(v_done.at[slot])
+                V_DONE.arrive(slot)
                 d_logits = weights * (d_weights - stretched(delta, weights.shape, 0))
                 plgpu.wgmma(dq, d_logits.astype(q_smem.dtype), k_smem.at[slot])
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(k_done.at[slot])
+                K_DONE.arrive(slot)
 
-            lax.fori_loop(0, steps, step, None)
+            over_steps(step, lower, upper, entry, None)
             return dq[...]
 
         dq = pl.run_scoped(all_steps, plgpu.ACC(q_mine.shape, jnp.float32))
@@ -155,17 +158,19 @@ def _dq_kernel(
         plgpu.set_max_registers(24, action="decrease")
         kv_head = lax.div(head, group)
 
-        @pl.loop(0, steps)
-        def step(i):
-            slot = lax.rem(i, STAGES_KV)
-            block = row, pl.ds(start + i * STEP_KV, STEP_KV), kv_head
-            for ref, smem, here, done in ((k_ref, k_smem, k_here, k_done), (v_ref, v_smem, v_here, v_done)):
+        @plgpu.warp_map
+        def one_warp(warp):
+            @pl.when(warp == 0)
+            def all_steps():
+                def step(i, _):
+                    slot = lax.rem(i, STAGES_KV)
+                    block = row, pl.ds(start + i * STEP_KV, STEP_KV), kv_head
+                    V_DONE.wait(slot)
+                    plgpu.copy_gmem_to_smem(v_ref.at[block], v_smem.at[slot], v_here.at[slot])
+                    K_DONE.wait(slot)
+                    plgpu.copy_gmem_to_smem(k_ref.at[block], k_smem.at[slot], k_here.at[slot])
 
-                @pl.when(i >= STAGES_KV)
-                def used():
-                    plgpu.barrier_wait(done.at[slot])
-
-                plgpu.copy_gmem_to_smem(ref.at[block], smem.at[slot], here.at[slot])
+                lax.fori_loop(0, steps, step, None)
 
 
 def _dkv(arrays, tiles, variant):
@@ -222,8 +227,8 @@ def _dkv_kernel(
         plgpu.barrier_wait(mine_here.at[warpgroup])
 
         def all_steps(dk, dv):
-            def step(count, _):
-                i, slot = lax.rem(count, steps), lax.rem(count, STAGES_Q)
+            def step(before, i, _):
+                slot = lax.rem(before + i, STAGES_Q)
                 plgpu.barrier_wait(q_here.at[slot])
                 plgpu.barrier_wait(do_here.at[slot])
 
@@ -235,12 +240,11 @@ def _dkv_kernel(
                     weights = jnp.exp2(x * factor - stretched(lse, x.shape, 1))
 
                     def edge():
-                        lower, upper = (
-                            stretched(plgpu.load(ref.at[slot], layout=BY_COLUMN) - first_key, x.shape, 1)
-                            for ref in (lower_smem, upper_smem)
-                        )
-                        key = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=WGMMA)
-                        return jnp.where((key >= lower) & (key < upper), weights, 0.0)
+                        key = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=WGMMA) + first_key
+                        lower = plgpu.load(lower_smem.at[slot], layout=BY_COLUMN)
+                        seen = jnp.where(key >= stretched(lower, x.shape, 1), weights, 0.0)
+                        upper = plgpu.load(upper_smem.at[slot], layout=BY_COLUMN)
+                        return jnp.where(key < stretched(upper, x.shape, 1), seen, 0.0)
 
                     weights = lax.cond((i < lower_to) | (i >= upper_from), edge, lambda: weights)
                     plgpu.wgmma(dv, weights.astype(q_smem.dtype), do_smem.at[slot])
@@ -258,7 +262,10 @@ def _dkv_kernel(
                 plgpu.wgmma_wait(0)
                 Q_DONE.arrive(slot)
 
-            lax.fori_loop(0, steps * group, step, None)
+            def one_head(n, _):
+                lax.fori_loop(0, steps, functools.partial(step, n * steps), None)
+
+            lax.fori_loop(0, group, one_head, None)
             return dk[...], dv[...]
 
         tile_type = plgpu.ACC(k_mine.shape, jnp.float32)
