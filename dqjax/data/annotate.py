@@ -7,7 +7,6 @@ votes that state one, provided that more than half do.
     label = median(votes)        spread = max(votes) − min(votes)
 """
 
-import asyncio
 import statistics
 from typing import Literal
 
@@ -28,7 +27,7 @@ from dqjax.data.chain_rows import (
 from dqjax.data.length_labels import LengthScorer, LengthScorerConfig
 from dqjax.data.prompt import load_prompt
 from dqjax.data.replies import answer_of, read_integer
-from dqjax.data.stage import Job, Out, rejection
+from dqjax.data.stage import Job, Out, rejection, together
 from dqjax.data.teacher import CallFailed, Reply, Request, SamplingConfig
 from dqjax.rewards.verbosity import StyleScorer
 
@@ -86,13 +85,13 @@ def run(config: Config, job: Job) -> None:
         if not has_chain(row):
             return rejection(row, "no chain to label")
         wanted = [n for n in config.labels if config.overwrite or row.get(LABELS[n][0]) is None]
-        votes = await asyncio.gather(*(vote(row, name, k) for name in wanted for k in range(config.votes)))
+        votes = await together(vote(row, name, k) for name in wanted for k in range(config.votes))
         for i, name in enumerate(wanted):
             row = _with_votes(row, name, votes[i * config.votes : (i + 1) * config.votes], job)
         return _with_difficulty(row)
 
     async def transform(group: list[Row]) -> list[Out]:
-        return await asyncio.gather(*map(labelled, group))
+        return await together(map(labelled, group))
 
     job.map_async(transform, [config.judge])
 

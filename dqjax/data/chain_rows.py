@@ -33,11 +33,11 @@ VERBOSITY, DIFFICULTY = "Reasoning_Verbosity", "Cognitive_Difficulty"
 
 def read_chain_rows(source: SourceConfig, columns: ColumnsConfig = ColumnsConfig()) -> Iterator[Row | Rejected]:
     """The rows of a source of any form that training knows, one a chain; OmniThought's problems come apart."""
-    columns = merge_columns(columns, source.columns)
+    columns, label = merge_columns(columns, source.columns), source.label
     for raw in read_rows(source):
         try:
             value = decode(raw)
-            parsed = parse_row(value, columns=columns, source="" if "source" in value else source.label)
+            parsed = parse_row(value, columns=columns, source="" if "source" in value else label)
         except BadRow as bad:
             parsed = [bad]
         for item in parsed:

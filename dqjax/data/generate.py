@@ -1,6 +1,5 @@
 """Chains for problems: n of each teacher, taken apart into thought and solution."""
 
-import asyncio
 from typing import Any
 
 import pydantic
@@ -9,7 +8,7 @@ from dqjax.config import Section
 from dqjax.data.chain_rows import Row, note, prompt_turns, with_answer
 from dqjax.data.prompt import load_prompt
 from dqjax.data.replies import Unusable, split_reply
-from dqjax.data.stage import Job, Out, Rejection, failure
+from dqjax.data.stage import Job, Out, Rejection, failure, together
 from dqjax.data.teacher import CallFailed, Request, SamplingConfig
 
 HELP = "ask teachers for chains: n a problem and teacher"
@@ -56,6 +55,6 @@ def run(config: Config, job: Job) -> None:
 
     async def transform(group: list[Row]) -> list[Out]:
         asked = [chain(group[0], teacher, k) for teacher in config.teachers for k in range(config.chains)]
-        return await asyncio.gather(*asked)
+        return await together(asked)
 
     job.map_async(transform, config.teachers)

@@ -1,6 +1,5 @@
 """Chains rewritten shorter (long2short) or longer (short2long), each verified to reach the same answer."""
 
-import asyncio
 import dataclasses
 from typing import Literal
 
@@ -10,7 +9,7 @@ from dqjax.config import Section
 from dqjax.data.chain_rows import Row, has_chain, thought_of
 from dqjax.data.prompt import load_prompt
 from dqjax.data.refine import Rewriter
-from dqjax.data.stage import Job, Out, Rejection
+from dqjax.data.stage import Job, Out, Rejection, together
 from dqjax.data.teacher import SamplingConfig
 from dqjax.data.verify import Verifier
 from dqjax.rewards.correct import CorrectConfig
@@ -90,6 +89,6 @@ def _rewrite_all(direction: str, config: Config, job: Job) -> None:
             return [row, made] if keep else [made]
 
         async def transform(group: list[Row]) -> list[Out]:
-            return [out for outs in await asyncio.gather(*map(rewritten, group)) for out in outs]
+            return [out for outs in await together(map(rewritten, group)) for out in outs]
 
         job.map_async(transform, [config.teacher])

@@ -251,13 +251,15 @@ def question_key(record: Record) -> int:
 def _find(row: Mapping[str, Any], key: str, columns: ColumnsConfig) -> tuple[str | None, Any]:
     """(column name, value) for a canonical key; (None, None) where no such column holds a value."""
     named = getattr(columns, key)
-    for name in (named,) if named else USUAL_NAMES[key]:
-        value: Any = row
-        for part in [name] if name in row else name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            return name, value
-    return None, None
+    if named is None:
+        for name in USUAL_NAMES[key]:
+            if (value := row.get(name)) is not None:
+                return name, value
+        return None, None
+    value = row
+    for part in [named] if named in row else named.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return (None, None) if value is None else (named, value)
 
 
 def _required(value: Any, name: str) -> str:

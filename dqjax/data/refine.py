@@ -9,7 +9,6 @@ Ours [D]: the unsuitable original stays in the file with `suitable: false`, whic
 the chain that could not be rewritten is rejected and counted.
 """
 
-import asyncio
 from collections.abc import Callable
 
 import pydantic
@@ -18,7 +17,7 @@ from dqjax.config import Section
 from dqjax.data.chain_rows import Row, chain_text, has_chain, note, question_of, solution_of, thought_of, with_answer
 from dqjax.data.prompt import Prompt, load_prompt
 from dqjax.data.replies import Unusable, answer_of, read_word, split_reply
-from dqjax.data.stage import Job, Out, Rejection, failure
+from dqjax.data.stage import Job, Out, Rejection, failure, together
 from dqjax.data.teacher import CallFailed, Request, SamplingConfig
 from dqjax.data.verify import Verifier
 from dqjax.rewards.correct import RIGHT, CorrectConfig
@@ -133,6 +132,6 @@ def run(config: Config, job: Job) -> None:
             return [rated | {"suitable": False}, better | {"suitable": True}]
 
         async def transform(group: list[Row]) -> list[Out]:
-            return [out for outs in await asyncio.gather(*map(refined, group)) for out in outs]
+            return [out for outs in await together(map(refined, group)) for out in outs]
 
         job.map_async(transform, [config.critic, config.rethinker])

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import aiohttp
 
 from dqjax.config import ConfigError
-from dqjax.data.endpoint import Endpoint
+from dqjax.data.endpoint import Endpoint, open_session
 from dqjax.data.journal import Journal, tokens_in
 from dqjax.data.limits import Budget
 from dqjax.data.teacher import EndpointTeacher, Journaled, Teacher, TeacherConfig
@@ -67,8 +67,7 @@ class Staff:
             limit = None if self._limit is None else self._limit // shards
             elsewhere = sum(tokens_in(path) for path in _siblings(journal_path)) if limit is not None else 0
             budget = Budget(limit, journal.spent + elsewhere, journal.charge)
-            # The slots of the endpoints bound the connections; the pool itself has no limit.
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            async with open_session() as session:
                 for config in configs:
                     self._working[config.name] = Journaled(self._open(config, session, budget), journal, usage)
                 try:

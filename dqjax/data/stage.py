@@ -23,7 +23,7 @@ import logging
 import pathlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -50,6 +50,7 @@ class Rejection:
 
 
 Out = Row | Rejection
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -254,6 +255,12 @@ class Job:
 
     def _bar(self, groups: Iterable[list[Row]]) -> Iterable[list[Row]]:
         return tqdm(groups, self.name, unit=" problems", disable=None, mininterval=1.0)
+
+
+async def together(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of all calls, made at the same time; one alone needs no task of its own."""
+    calls = list(calls)
+    return [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
 
 
 def rejection(row: Row, reason: str, *, failed: bool = False) -> Rejection:

@@ -9,7 +9,7 @@ from dqjax.config import Section
 from dqjax.data.chain_rows import Row, completion_of, has_chain, note, question_of, record_of, solution_of
 from dqjax.data.prompt import load_prompt
 from dqjax.data.replies import answer_of, read_integer
-from dqjax.data.stage import Job, Out, rejection
+from dqjax.data.stage import Job, Out, rejection, together
 from dqjax.data.teacher import CallFailed, Request, SamplingConfig
 from dqjax.rewards.correct import RIGHT, CorrectConfig, Correctness, grader_of
 from dqjax.rewards.types import Completion, Grade
@@ -109,7 +109,7 @@ def run(config: Config, job: Job) -> None:
             return _kept(note(made, "correct", job.name, reply.model, request=request, reply=reply), config)
 
         async def transform(group: list[Row]) -> list[Out]:
-            return await asyncio.gather(*map(judged, group))
+            return await together(map(judged, group))
 
         job.map_async(transform, [config.judge])
 

@@ -1,6 +1,7 @@
 """Requests a second of the teacher client, against the ideal: python -m tests.data.throughput [--in-flight 200] [--latency 0.05]
 
-The server runs in a process of its own. Reported are the client alone, the client with its journal, and a whole generate stage.
+The server runs in a process of its own. Reported are bare sockets, which show what the server itself lets through, the
+client alone, the client with its journal, and a whole generate stage.
 """
 
 import argparse
@@ -11,10 +12,9 @@ import tempfile
 import time
 from collections import Counter
 
-import aiohttp
 import uvloop
 
-from dqjax.data.endpoint import Endpoint, EndpointConfig
+from dqjax.data.endpoint import Endpoint, EndpointConfig, open_session
 from dqjax.data.journal import Journal
 from dqjax.data.limits import Budget
 from dqjax.data.records import Message
@@ -45,6 +45,29 @@ class Answering(asyncio.Protocol):
             asyncio.get_running_loop().call_later(self.latency, self.transport.write, self.ANSWER)
 
 
+class Asking(asyncio.Protocol):
+    """The least that a client can do: the same bytes again after each answer."""
+
+    REQUEST = b"POST / HTTP/1.1\r\nContent-Length: 200\r\n\r\n" + b" " * 200
+
+    def __init__(self, todo, done):
+        self.todo, self.done = todo, done
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.ask()
+
+    def data_received(self, data):
+        self.ask()
+
+    def ask(self):
+        if next(self.todo, None) is not None:
+            self.transport.write(self.REQUEST)
+        else:
+            self.transport.close()
+            self.done.release()
+
+
 def serve(latency, url):
     async def main():
         server = await asyncio.get_running_loop().create_server(
@@ -56,21 +79,33 @@ def serve(latency, url):
     uvloop.run(main())
 
 
+async def ask_bare(url, in_flight, calls):
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    todo, done = iter(range(calls)), asyncio.Semaphore(0)
+    for _ in range(in_flight):
+        await asyncio.get_running_loop().create_connection(lambda: Asking(todo, done), host, int(port))
+    for _ in range(in_flight):
+        await done.acquire()
+
+
 async def ask_many(url, in_flight, calls, journal):
     config = TeacherConfig(name="t", endpoints=[EndpointConfig(url=url, model="m", concurrency=in_flight)])
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    sampling, todo = SamplingConfig(), iter(range(calls))
+    async with open_session() as session:
         asked = EndpointTeacher(config, [Endpoint(config.endpoints[0], session)], Budget())
         if journal is not None:
             asked = Journaled(asked, journal, Counter())
-        todo = iter(range(calls))
 
         async def worker():
             for i in todo:
-                await asked.ask(Request((Message("user", f"What is {i} plus {i}?"),), SamplingConfig()))
+                await asked.ask(Request((Message("user", f"What is {i} plus {i}?"),), sampling))
 
-        cpu, started = time.process_time(), time.perf_counter()
         await asyncio.gather(*(worker() for _ in range(in_flight)))
-        return calls / (time.perf_counter() - started), 1e6 * (time.process_time() - cpu) / calls
+
+
+def generate(url, in_flight, calls, folder):
+    steps = [{"stage": "generate", "teachers": ["t"], "input": write_jsonl(folder / "p.jsonl", problems(calls))}]
+    run(folder, [teacher(endpoint(url, concurrency=in_flight))], steps)
 
 
 def main():
@@ -79,33 +114,29 @@ def main():
     parser.add_argument("--latency", type=float, default=0.05)
     parser.add_argument("--calls", type=int, default=20_000)
     args = parser.parse_args()
-    ideal = args.in_flight / args.latency
+    ideal, n, calls = args.in_flight / args.latency, args.in_flight, args.calls
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     process = context.Process(target=serve, args=(args.latency, queue), daemon=True)
     process.start()
     url = queue.get()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        for name in ("client", "with journal"):
-            journal = Journal(folder / "j.jsonl") if name == "with journal" else None
-            rate, cpu = uvloop.run(ask_many(url, args.in_flight, args.calls, journal))
+    print(f"{calls} calls, {n} in flight; the ideal is {ideal:.0f} a second")
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for what, work in {
+            "bare sockets": lambda: uvloop.run(ask_bare(url, n, calls)),
+            "client": lambda: uvloop.run(ask_many(url, n, calls, None)),
+            "with journal": lambda: uvloop.run(ask_many(url, n, calls, Journal(folder / "j.jsonl"))),
+            "generate stage": lambda: generate(url, n, calls, folder),
+        }.items():
+            cpu, started = time.process_time(), time.perf_counter()
+            work()
+            rate, cpu = calls / (time.perf_counter() - started), (time.process_time() - cpu) / calls
             print(
-                f"{name:14} {rate:7.0f} calls/s, {rate / ideal:.1%} of the ideal {ideal:.0f}; {cpu:.0f} us of CPU a call",
+                f"{what:14} {rate:5.0f} calls/s, {rate / ideal:.1%} of the ideal; {1e6 * cpu:3.0f} us of CPU a call, "
+                f"so at most {1 / cpu:.0f} calls/s on one core",
                 flush=True,
             )
-        rows = write_jsonl(folder / "p.jsonl", problems(args.calls))
-        cpu, started = time.process_time(), time.perf_counter()
-        run(
-            folder,
-            [teacher(endpoint(url, concurrency=args.in_flight))],
-            [{"stage": "generate", "teachers": ["t"], "input": rows}],
-        )
-        rate = args.calls / (time.perf_counter() - started)
-        cpu = 1e6 * (time.process_time() - cpu) / args.calls
-        print(
-            f"{'generate stage':14} {rate:7.0f} calls/s, {rate / ideal:.1%} of the ideal {ideal:.0f}; {cpu:.0f} us of CPU a call"
-        )
     process.terminate()
 
 
