@@ -8,14 +8,13 @@
 
 A sample is found by its id and its tokens, never by its place, so any number of hosts may read in any order, and a
 sample that is tokenised otherwise than it was is missing instead of wrong. Each writing process has a manifest, written
-last: a cache without all of them does not exist. Files are mapped into memory, not read.
+last: a cache without all of them does not exist. Files are mapped into memory, not read. `data.cache_writer` writes it.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +25,8 @@ from jaxtyping import Int
 from dqjax.config import ConfigError
 
 FORMAT = 1
+MANIFEST = "manifest-{}-of-{}.json"
+UNFINISHED = "unfinished-{}-of-{}.json"  # a manifest of the shards written so far
 
 
 def sample_key(id: str, tokens: Int[np.ndarray, " n"]) -> int:
@@ -48,106 +49,6 @@ class Field:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
-class CacheWriter:
-    """Writes a cache; use as a context, whose end without an error writes the manifest.
-
-    Args:
-      folder: made if missing; must not hold a cache.
-      fields: by name.
-      meta: what the arrays depend on (JSON values); a reader compares it with what it expects.
-      part: (number of this process, processes that write).
-      shard_rows: rows after which a shard is full.
-
-    Raises:
-      ConfigError: `folder` holds a cache already.
-    """
-
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        fields: Mapping[str, Field],
-        meta: Mapping[str, Any],
-        *,
-        part: tuple[int, int] = (0, 1),
-        shard_rows: int = 1 << 20,
-    ):
-        self.folder, self._fields, self._meta, self._part, self._full = (
-            folder,
-            dict(fields),
-            dict(meta),
-            part,
-            shard_rows,
-        )
-        if any(folder.glob(f"manifest-{part[0]}-of-*.json")):
-            raise ConfigError(f"{folder} holds a cache already; remove it, or give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._files: dict[str, dict[str, Any]] = {}
-        self._shards = 0
-        self._written: set[int] = set()
-        self._start_shard()
-
-    def __enter__(self) -> "CacheWriter":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self._end_shard()
-            manifest = {
-                "format": FORMAT,
-                "parts": self._part[1],
-                "fields": {name: dataclasses.asdict(field) for name, field in self._fields.items()},
-                "meta": self._meta,
-                "files": self._files,
-            }
-            name = f"manifest-{self._part[0]}-of-{self._part[1]}.json"
-            making = self.folder / f".{name}.{secrets.token_hex(4)}"
-            making.write_text(json.dumps(manifest, indent=1))
-            making.rename(self.folder / name)
-
-    @property
-    def samples(self) -> int:
-        """Samples added so far."""
-        return len(self._written)
-
-    def add(self, id: str, tokens: Int[np.ndarray, " n"], rows: Mapping[str, np.ndarray]) -> None:
-        """Adds the rows of a sample: as many of each field. One that was added before is left as it is."""
-        key = sample_key(id, tokens)
-        if key in self._written:
-            return
-        self._written.add(key)
-        counts = set()
-        for name, field in self._fields.items():
-            array = np.ascontiguousarray(rows[name], np.dtype(field.dtype))
-            if array.shape[1:] != field.shape:
-                raise ValueError(f"field {name}: expected rows of shape {field.shape}, got {array.shape[1:]}")
-            counts.add(len(array))
-            self._pending[name].append(array)
-        if len(counts) != 1:
-            raise ValueError(f"sample {id!r}: its fields have {sorted(counts)} rows; expected one number")
-        self._keys.append(key)
-        self._starts.append(self._starts[-1] + counts.pop())
-        if self._starts[-1] >= self._full:
-            self._end_shard()
-            self._start_shard()
-
-    def _start_shard(self) -> None:
-        self._keys: list[int] = []
-        self._starts = [0]
-        self._pending: dict[str, list[np.ndarray]] = {name: [] for name in self._fields}
-
-    def _end_shard(self) -> None:
-        if not self._keys:
-            return
-        arrays = {"keys": np.array(self._keys, np.uint64), "starts": np.array(self._starts, np.int64)}
-        # numpy's files know no bfloat16: its bits are stored as uint16
-        arrays |= {name: _as_bits(np.concatenate(parts)) for name, parts in self._pending.items()}
-        for name, array in arrays.items():
-            path = self.folder / f"shard-{self._part[0]:03}-{self._shards:05}.{name}.npy"
-            np.save(path, array)
-            self._files[path.name] = _fingerprint(path)
-        self._shards += 1
-
-
 class SampleCache:
     """A cache, checked whole and open for reading.
 
@@ -163,17 +64,22 @@ class SampleCache:
           ConfigError: no cache, an unfinished one, or a file that is not as it was written; names the file.
         """
         self.folder = pathlib.Path(folder)
-        manifests = [_read_manifest(path) for path in sorted(self.folder.glob("manifest-*.json"))]
+        manifests = [read_manifest(path) for path in sorted(self.folder.glob(MANIFEST.format("*", "*")))]
         if not manifests:
-            raise ConfigError(f"no cache at {folder}: expected a folder with manifest-0-of-1.json and shards")
+            if any(self.folder.glob(UNFINISHED.format("*", "*"))):
+                raise ConfigError(f"{folder}: its writing was not finished; start the same command again")
+            raise ConfigError(f"no cache at {folder}: expected a folder with {MANIFEST.format(0, 1)} and shards")
         if len(manifests) != manifests[0]["parts"]:
             parts = manifests[0]["parts"]
-            raise ConfigError(f"{folder}: {len(manifests)} of {parts} manifests; its writing was not finished")
+            raise ConfigError(
+                f"{folder}: {len(manifests)} of {parts} manifests; its writing was not finished; "
+                "start the same command again"
+            )
         self.meta: Mapping[str, Any] = manifests[0]["meta"]
         self.fields = {name: Field(f["dtype"], tuple(f["shape"])) for name, f in manifests[0]["fields"].items()}
         files = {name: entry for manifest in manifests for name, entry in manifest["files"].items()}
         for name, entry in sorted(files.items()):
-            _check(self.folder / name, entry)
+            check_file(self.folder / name, entry)
         self._shards = [
             self._open(name.removesuffix(".keys.npy")) for name in sorted(files) if name.endswith(".keys.npy")
         ]
@@ -231,11 +137,8 @@ def expect_meta(cache: SampleCache, expected: Mapping[str, Any], reasons: Mappin
             )
 
 
-def _as_bits(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16) if array.dtype == np.dtype("bfloat16") else array
-
-
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    """What a manifest says; raises ConfigError, naming it, where it is damaged or of another format."""
     try:
         manifest = json.loads(path.read_text())
         known = manifest["format"] == FORMAT
@@ -246,15 +149,17 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def _fingerprint(path: pathlib.Path) -> dict[str, Any]:
+def fingerprint(path: pathlib.Path) -> dict[str, Any]:
+    """A file's size and SHA-256."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _check(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
+def check_file(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming the file, unless it has the fingerprint `entry`."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing; copy the cache again, or write it anew")
     if (size := path.stat().st_size) != entry["size"]:
         raise ConfigError(f"{path} has {size} bytes, expected {entry['size']}; copy the cache again, or write it anew")
-    if _fingerprint(path)["sha256"] != entry["sha256"]:
+    if fingerprint(path)["sha256"] != entry["sha256"]:
         raise ConfigError(f"{path} is not as it was written (another SHA-256); copy the cache again, or write it anew")

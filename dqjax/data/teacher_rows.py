@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dqjax.config import ConfigError
+from dqjax.data.cache_writer import CacheWriter
 from dqjax.data.rows import PackedRows
-from dqjax.data.sample_cache import CacheWriter, Field, SampleCache, expect_meta
+from dqjax.data.sample_cache import Field, SampleCache, expect_meta
 from dqjax.data.tokenizer import token_fingerprint
 
 REASONS = {

@@ -12,8 +12,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float
 
 from dqjax.config import ConfigError
+from dqjax.data.cache_writer import CacheWriter
 from dqjax.data.pair_loader import PairEvaluation, PairRows, PairSet
-from dqjax.data.sample_cache import CacheWriter, Field, SampleCache, sample_key
+from dqjax.data.sample_cache import Field, SampleCache, sample_key
 from dqjax.load import Model, read_parameters
 from dqjax.sharding import Rules, local_part
 from dqjax.steps.preference import make_sequence_logprobs

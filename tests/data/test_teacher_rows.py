@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from dqjax.config import ConfigError
+from dqjax.data.cache_writer import CacheWriter
 from dqjax.data.config import DataConfig
 from dqjax.data.loader import open_training_data
-from dqjax.data.sample_cache import CacheWriter, Field, SampleCache
+from dqjax.data.sample_cache import Field, SampleCache
 from dqjax.data.teacher_rows import TeacherRows, teacher_fields, teacher_meta, write_teacher_rows
 
 K, VOCAB = 3, 340
@@ -170,3 +171,37 @@ def test_fields_of_one_sample_agree(tmp_path):
         CacheWriter(tmp_path / "b", {"x": Field("int32"), "y": Field("int32")}, {}).add(
             "a", np.arange(3), {"x": np.zeros(4), "y": np.zeros(5)}
         )
+
+
+def test_a_writer_goes_on_where_its_like_was_stopped(tmp_path):
+    """Shards of 4 rows; stopped with two whole ones and a sample pending: the rest is added, in the same files."""
+    fields, meta = {"x": Field("float32", (2,))}, {"kind": "test", "k": 2}
+    rng = np.random.default_rng(0)
+    samples = [(f"s{i}", rng.integers(0, 9, 3), rng.normal(size=(3, 2))) for i in range(9)]
+
+    def write(folder, count, stopped=False, **other):
+        with CacheWriter(folder, **{"fields": fields, "meta": meta, "shard_rows": 4} | other) as writer:
+            held = [writer.holds(id, tokens) for id, tokens, _ in samples]
+            for id, tokens, x in samples[:count]:
+                writer.add(id, tokens, {"x": x})
+            if stopped:
+                raise KeyboardInterrupt
+        return held
+
+    assert write(tmp_path / "whole", 9) == [False] * 9
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "cut", 5, stopped=True)
+    with pytest.raises(ConfigError, match="another command .meta: k 2, here 3."):
+        write(tmp_path / "cut", 9, meta=meta | {"k": 3})
+    with pytest.raises(ConfigError, match="another command .fields: x "):
+        write(tmp_path / "cut", 9, fields={"x": Field("bfloat16", (2,))})
+    with pytest.raises(ConfigError, match="unfinished cache of 1 processes, here are 2"):
+        write(tmp_path / "cut", 9, part=(1, 2))
+    assert write(tmp_path / "cut", 9) == [True] * 4 + [False] * 5
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut")]
+    assert contents[0] == contents[1] and len(contents[0]) == 5 * 3 + 1
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "hurt", 5, stopped=True)
+    (tmp_path / "hurt" / "shard-000-00001.x.npy").write_bytes(b"half")
+    with pytest.raises(ConfigError, match="shard-000-00001.x.npy has 4 bytes"):
+        write(tmp_path / "hurt", 9)
