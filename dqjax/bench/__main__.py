@@ -1,4 +1,4 @@
-"""python -m dqjax.bench kernels|rollout: measured rates, beside peers and the machine's ceilings."""
+"""python -m dqjax.bench kernels|rollout|train: measured rates, beside peers and the machine's ceilings."""
 
 import os
 import sys
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from dqjax.commands import run_command
 
-USAGE = """usage: python -m dqjax.bench {kernels,rollout} [options]
+USAGE = """usage: python -m dqjax.bench {kernels,rollout,train} [options]
 
   kernels   attention, decode attention and vocabulary losses, forward and backward
   rollout   tokens a second of the rollout engine, beside transformers
+  train     a supervised training step: checked, then timed, beside transformers
 
-`python -m dqjax.bench rollout --help` has the options and an example."""
+`python -m dqjax.bench train --help` has the options and examples."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dqjax.kernels.bench import main as run
     elif what == "rollout":
         from dqjax.bench.rollout import main as run
+    elif what == "train":
+        from dqjax.bench.train import main as run
     else:
         print(USAGE, file=sys.stdout if what in ("-h", "--help") else sys.stderr)
         return 0 if what in ("-h", "--help") else 2
