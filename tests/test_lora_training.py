@@ -87,7 +87,7 @@ def test_a_run_goes_on_from_adapters_as_from_any_model(workspace, trained):
     assert curve(workspace / "more")[1][0] < curve(workspace / "fresh")[1][0] - 0.05
 
 
-@pytest.mark.parametrize("kind", ["preference", "reward", "distill", "grpo"])
+@pytest.mark.parametrize("kind", ["preference", "reward", "scorer", "distill", "grpo"])
 def test_other_objectives_train_adapters_too(workspace, kind):
     assert run(workspace, kind, *LORA, config=config(kind)) == 0
     assert all(np.isfinite(values).all() for values in curve(workspace / kind).values())

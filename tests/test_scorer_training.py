@@ -39,6 +39,11 @@ def test_training_starts_at_chance_and_reports_error_and_agreement(workspace):
     for name in ("verbosity", "difficulty"):
         assert {f"loss_{name}", f"absolute_error_{name}"} <= first.keys()
         assert {f"eval/absolute_error_{name}", f"eval/kappa_{name}"} <= held_out.keys()
+        table = np.array([line.split() for line in held_out[f"eval/confusion_{name}"].splitlines()[1:]], int)
+        counts, apart = table[:, 1:], (np.arange(10)[:, None] - np.arange(10)) ** 2
+        by_chance = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()
+        kappa = 1 - (apart * counts).sum() / (apart * by_chance).sum()
+        assert held_out[f"eval/kappa_{name}"] == pytest.approx(kappa, abs=1e-5)
 
 
 def test_a_file_is_scored_with_levels(workspace):

@@ -144,9 +144,10 @@ def load_labelled(
     """The labelled conversations of `sources` that fit into a row, and counts of the others; see `read_items`."""
     closing = closing_ids(chat)
 
-    def labelled(turns: Any, labels: dict[str, float]) -> tuple[np.ndarray, dict[str, float]] | BadRow:
-        if isinstance(turns, BadRow):
-            return turns
+    def labelled(turns: Any, labels: dict[str, float] | BadRow) -> tuple[np.ndarray, dict[str, float]] | BadRow:
+        for bad in (turns, labels):
+            if isinstance(bad, BadRow):
+                return bad
         if all(map(math.isnan, labels.values())):
             return BadRow(f"no label in {' or '.join(COLUMNS.values())}")
         ids = np.array([*turns[-1].ids, *closing], np.int32)
@@ -170,10 +171,15 @@ def load_labelled(
     return found, counts
 
 
-def _labels(raw: RawRow, record: Record) -> dict[str, float]:
-    """Each label of a record; NaN where it is missing or no number from 0 to 9."""
+def _labels(raw: RawRow, record: Record) -> dict[str, float] | BadRow:
+    """Each label of a record; NaN where it is missing, and no row where one is there and no number from 0 to 9."""
     row = dict(record.extra)
     if DIFFICULTY not in row and DIFFICULTY in decode(raw):  # the parser took the column for the record's difficulty
         row[DIFFICULTY] = record.difficulty
-    values = {name: label_of(row, column) for name, column in COLUMNS.items()}
-    return {name: math.nan if value is None else value for name, value in values.items()}
+    values: dict[str, float] = {}
+    for name, column in COLUMNS.items():
+        value = label_of(row, column)
+        if value is None and row.get(column) is not None:
+            return BadRow(f"{column}: expected a number from 0 to 9, got {row[column]!r}")
+        values[name] = math.nan if value is None else value
+    return values

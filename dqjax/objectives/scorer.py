@@ -9,7 +9,7 @@ from dqjax.models.heads import Classifier
 from dqjax.objectives.reward import with_head
 from dqjax.objectives.setup import Setup, measure, without_matrices
 from dqjax.sharding import Rules
-from dqjax.steps.scorer import LABELS, LEVELS, make_scorer_loss, summarise
+from dqjax.steps.scorer import LABELS, LEVELS, confusion_tables, make_scorer_loss, summarise
 from dqjax.train_config import Config
 from dqjax.trainer import local_rows, placer
 from dqjax.types import Loss
@@ -31,7 +31,7 @@ def scorer(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Set
     loss = make_scorer_loss(classifier, smoothing=config.objective.smoothing)
     evaluate = None
     if data.validation is not None:
-        evaluate = measure(loss, data.validation, placer(rules, rows), {}, summarise)
+        evaluate = measure(loss, data.validation, placer(rules, rows), {}, summarise, confusion_tables)
     return Setup(
         trainable=classifier,
         initial=lambda: with_head(classifier, model, config.train.seed),

@@ -62,8 +62,9 @@ def measure(
     place: Place,
     labels: Mapping[str, Sequence[str]],
     summarise: Callable[[Metrics], dict[str, float]] = lambda metrics: {},
+    describe: Callable[[Metrics], dict[str, str]] = lambda metrics: {},
 ) -> Evaluate:
-    """An evaluation: the loss's own metrics over held-out batches, and what `summarise` makes of their sums."""
+    """An evaluation: the loss's own metrics over held-out batches, and numbers and texts made of their sums."""
     metrics_of = jax.jit(lambda params, frozen, batch, key: loss(params, frozen, batch, key)[1])
 
     def evaluate(params: Params, frozen: Any) -> tuple[dict[str, float], dict[str, str]]:
@@ -71,13 +72,13 @@ def measure(
         for batch in batches:
             total = merge_metrics(total, metrics_of(params, frozen, place(batch), jax.random.key(0)))
         total = jax.device_get(total)
-        return scalars(without_matrices(total), labels) | summarise(total), {}
+        return scalars(without_matrices(total), labels) | summarise(total), describe(total)
 
     return evaluate
 
 
 def without_matrices(metrics: Metrics) -> Metrics:
-    """The metrics that can be written as numbers: a confusion matrix is for `summarise`."""
+    """The metrics that can be written as numbers: a confusion matrix is for `describe`."""
     return {name: m for name, m in metrics.items() if not (isinstance(m, Mean) and np.ndim(m.total) > 1)}
 
 

@@ -81,9 +81,8 @@ def make_reward_loss(
 
 
 def length_names(edges: Sequence[int]) -> tuple[str, ...]:
-    """Labels of the classes of `accuracy_by_length`: `(-inf,-32)`, `[-32,32)`, `[32,inf)`."""
-    borders = ["-inf", *map(str, edges), "inf"]
-    return tuple(f"{'[' if i else '('}{a},{b})" for i, (a, b) in enumerate(zip(borders, borders[1:])))
+    """Labels of the classes of `accuracy_by_length`: `below_-32`, `-32_to_32` (half open), `from_32`."""
+    return (f"below_{edges[0]}", *(f"{a}_to_{b}" for a, b in zip(edges, edges[1:])), f"from_{edges[-1]}")
 
 
 def summarise(metrics: Metrics) -> dict[str, float]:

@@ -73,6 +73,17 @@ def expected_levels(logits: Float[Array, "B S C"]) -> dict[str, Float[Array, "B 
     return {name: expected_level(part) for name, part in split_labels(logits).items()}
 
 
+def confusion_tables(metrics: Metrics) -> dict[str, str]:
+    """Each label's confusion matrix as text: a row a label of the judge, a column a level of the scorer, counts."""
+    tables = {}
+    for name in LABELS:
+        if (seen := metrics.get(f"confusion_{name}")) is not None:
+            head = "judge" + "".join(f"{level:6}" for level in range(LEVELS))
+            rows = (f"{i:5}" + "".join(f"{count:6.0f}" for count in row) for i, row in enumerate(np.asarray(seen.total)))
+            tables[f"confusion_{name}"] = "\n".join((head, *rows))
+    return tables
+
+
 def summarise(metrics: Metrics) -> dict[str, float]:
     """Numbers that only whole sums give: each label's quadratic weighted kappa. On the host, once steps are merged."""
     seen = {name: metrics[f"confusion_{name}"] for name in LABELS if f"confusion_{name}" in metrics}

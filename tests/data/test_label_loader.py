@@ -40,7 +40,7 @@ def test_labels_reach_their_conversation_and_a_missing_one_is_never_zero(open_da
         row(0),
         missing(1, "Reasoning_Verbosity"),
         missing(2, "Cognitive_Difficulty") | {"difficulty": 5},
-        row(3, Reasoning_Verbosity="7"),
+        row(3, Reasoning_Verbosity=None),
     ]
     batch = open_data(data, batch_rows=1, row_length=400).loader.next()
     order = np.argsort(np.where(batch.side["row"][0] < 0, 99, batch.side["row"][0]))[:4]
@@ -77,11 +77,21 @@ def test_held_out_conversations_weigh_one_in_all(open_data):
 
 def test_rows_without_labels_and_long_ones_are_quarantined(open_data, tmp_path):
     unlabelled = missing(5, "Reasoning_Verbosity", "Cognitive_Difficulty")
-    data = open_data([row(0), unlabelled, row(2, response="1" * 300)], max_bad_share=0.5)
-    assert (data.counts["conversations"], data.counts["bad"], data.counts["too_long"]) == (1, 1, 1)
+    wrong = [
+        row(3, Reasoning_Verbosity="high"),
+        row(4, Reasoning_Verbosity=10),
+        row(6, Cognitive_Difficulty=-1),
+        row(7, Cognitive_Difficulty="low"),
+        row(8, Reasoning_Verbosity=True),
+    ]
+    data = open_data([row(0), unlabelled, row(2, response="1" * 300), *wrong], max_bad_share=0.8)
+    assert (data.counts["conversations"], data.counts["bad"], data.counts["too_long"]) == (1, 6, 1)
     said = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert [bad["line"] for bad in said] == [2, 3]
+    assert [bad["line"] for bad in said] == [2, 3, 4, 5, 6, 7, 8]
     assert "no label in Reasoning_Verbosity or Cognitive_Difficulty" in said[0]["reason"]
+    assert "Reasoning_Verbosity: expected a number from 0 to 9, got 10" in said[3]["reason"]
+    for bad, name, got in zip(said[2:], "Rrccr", ("'high'", "10", "-1", "'low'", "True")):
+        assert {"r": "Verbosity", "c": "ifficulty"}[name.lower()] in bad["reason"] and got in bad["reason"]
     with pytest.raises(ConfigError, match="1 of 2 rows are no usable labelled conversation"):
         open_data([row(0), unlabelled])
 

@@ -84,7 +84,7 @@ def test_accuracy_by_length_and_source():
     np.testing.assert_array_equal(by_length.total, [0, 0, 1, 2])
     np.testing.assert_array_equal(by_source.count, [3, 2])
     np.testing.assert_array_equal(by_source.total, [3, 0])
-    assert length_names((-4, 0, 4)) == ("(-inf,-4)", "[-4,0)", "[0,4)", "[4,inf)")
+    assert length_names((-4, 0, 4)) == ("below_-4", "-4_to_0", "0_to_4", "from_4")
     assert 0 < summarise(metrics)["calibration_error"] < 1 and summarise({}) == {}
 
 
