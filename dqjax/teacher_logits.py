@@ -1,9 +1,10 @@
 """python -m dqjax.teacher_logits: a teacher's top-k log-probabilities of a config's texts, for `objective: distill`.
 
-The teacher reads what the student will: the texts of `data:` (the held-out ones too), rendered by the student's template
-and cut into sequences as in training. Rows are kept by sample id for trained tokens alone; `dqjax.data.teacher_rows` has the
-format and its bytes a token. Every host writes its own shards; the cache counts only once the last is done. Killed and
-started again, the command goes on behind the shards that are whole, and leaves the files of a run that was not killed.
+The teacher reads what the student will: the texts of `data:` (the held-out ones too), rendered by the student's
+template and cut into sequences as in training. Rows are kept by sample id for trained tokens alone;
+`dqjax.data.teacher_rows` has the format and its bytes a token. Every host writes its own shards; the cache counts only
+once the last is done. Killed and started again, the command goes on behind the shards that are whole, and leaves the
+files of a run that was not killed.
 """
 
 import argparse
@@ -72,7 +73,8 @@ def write_cache(
 
     params = read_parameters(model, dtype=model.decoder.dtype)
     fields = teacher_fields(k, student.vocab, dtype)
-    meta = teacher_meta(student.tokenizer, temperature) | {"teacher": teacher, "k": k, "made_by": _digest(config, params)}
+    meta = teacher_meta(student.tokenizer, temperature) | {"teacher": teacher, "k": k}
+    meta["made_by"] = _digest(config, params)
     part = jax.process_index(), jax.process_count()
     with CacheWriter(folder, fields, meta, part=part, shard_rows=shard_rows) as writer:
         batches = [(found, first) for found in sets for first in range(0, len(found), rows)]
@@ -126,11 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m dqjax.teacher_logits",
         description="Write a teacher's top-k log-probabilities of the texts of a training config, by sample id.",
         epilog="A trained token takes k × 6 + 2 bytes, k × 4 + 2 where the vocabulary has at most 65,536 tokens. "
-        "Started again after a kill, the same command goes on behind the last whole shard (1,048,576 trained tokens). On "
-        "several hosts start it on all, as training, with DIR on a disk that they share: each writes its own shards, and "
-        "training may read them on any number of hosts. "
+        "Started again after a kill, the same command goes on behind the last whole shard (1,048,576 trained tokens). "
+        "On several hosts start it on all, as training, with DIR on a disk that they share: each writes its own shards, "
+        "and training may read them on any number of hosts. "
         "example: python -m dqjax.teacher_logits --config configs/miniature/distill.yaml --teacher "
-        "runs/chain_sum/columns --output runs/chain_sum/teacher_cache; then objective.teachers='[{cache: runs/chain_sum/teacher_cache}]'",
+        "runs/chain_sum/columns --output runs/chain_sum/teacher_cache; then "
+        "objective.teachers='[{cache: runs/chain_sum/teacher_cache}]'",
     )
     parser.add_argument("--config", required=True, help="a training config with objective: distill")
     parser.add_argument("--teacher", required=True, metavar="DIR", help="a model, as model.init_from takes it")

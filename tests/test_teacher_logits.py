@@ -65,11 +65,17 @@ def write(workspace, name, processes=1, *more, kill=(0, 0)):
     if processes > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     student = workspace / "runs/chain_sum/student"
-    values = overrides(workspace, "unused", "mesh.fsdp=2", "mesh.data=1", "train.batch_rows=4", "data.validation=0.1", *more, config="distill")
+    more = ("mesh.fsdp=2", "mesh.data=1", "train.batch_rows=4", "data.validation=0.1", *more)
+    values = overrides(workspace, "unused", *more, config="distill")
     command = [sys.executable, "-c", WRITE, str(DEBUG / "distill.yaml"), str(student), str(workspace / name), *values]
     running = [
         subprocess.Popen(
-            command, cwd=ROOT, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env=env | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for i in range(processes)
     ]

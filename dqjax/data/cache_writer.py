@@ -34,7 +34,7 @@ class CacheWriter:
     """Writes a cache; use as a context, whose end without an error writes the manifest.
 
     Args:
-      folder: made if missing; must not hold a cache, unless it is an unfinished one of the same `fields`, `meta` and parts.
+      folder: made if missing; may hold an unfinished cache of the same `fields`, `meta` and parts, and no other.
       fields: by name.
       meta: what the arrays depend on (JSON values); a reader compares it with what it expects.
       part: (number of this process, processes that write).
@@ -131,8 +131,8 @@ class CacheWriter:
             for key, value in manifest.items():
                 if found[key] != value:
                     raise ConfigError(
-                        f"{self.folder} holds an unfinished cache of another command "
-                        f"({key}: {_difference(found[key], value)}); finish it with that one, remove it, or give another folder"
+                        f"{self.folder} holds an unfinished cache of another command ({key}: "
+                        f"{_difference(found[key], value)}); finish it with that one, remove it, or give another folder"
                     )
             files = found["files"]
         for name, entry in files.items():

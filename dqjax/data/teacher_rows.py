@@ -50,7 +50,7 @@ def write_teacher_rows(
     logprobs: Float[np.ndarray, "n k"],
     tail: Float[np.ndarray, " n"],
 ) -> None:
-    """Adds a sample. Row t of the arrays is the distribution behind token t; kept are those that predict a trained one."""
+    """Adds a sample. Row t of the arrays is the distribution behind token t; kept are those before a trained one."""
     kept = trained[1:]
     writer.add(id, tokens, {"ids": ids[:-1][kept], "logprobs": logprobs[:-1][kept], "tail": tail[:-1][kept]})
 
@@ -82,8 +82,9 @@ class TeacherRows:
                     wrong.append(id)
         if wrong:
             raise ConfigError(
-                f"{self._cache.folder} does not hold {len(wrong)} of {sequences} sequences as they are tokenised now, the "
-                f"first of sample {wrong[0]!r}: its data, chat template or data settings are others; write the cache anew"
+                f"{self._cache.folder} does not hold {len(wrong)} of {sequences} sequences as they are tokenised now, "
+                f"the first of sample {wrong[0]!r}: its data, chat template or data settings are others; write the "
+                "cache anew"
             )
 
     def __call__(
