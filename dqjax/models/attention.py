@@ -90,8 +90,8 @@ def _cached(q, keys, values, context: Context, rules: Rules, backend: str | None
         )
 
     def decode(q, k, v, segment_ids, positions, lengths):
-        platform = rules.mesh.devices.flat[0].platform  # need not be that of this process
-        backend = decode_kernel.default_backend(platform)
+        device = rules.mesh.devices.flat[0]  # need not be one of this process
+        backend = decode_kernel.default_backend(device, k.dtype, k.shape[-1], slots)
         return decode_kernel.decode_attention(q[:, 0], k, v, lengths, backend=backend)[:, None]
 
     local = decode if q.shape[1] == 1 else prefill

@@ -6,7 +6,7 @@ reads rows. Sizing the rows keeps small what they waste.
 
 Decode attention in plain XLA reads whole rows, however short the sequences are. There a large cache is as long as its
 longest sequence needs, in steps of a quarter (`Layout.capacities`): it grows by a copy, and shrinks again once half of
-it would do. The kernel for TPU reads no further than a sequence is long.
+it would do. The kernels for TPU and Hopper read no further than a sequence is long.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import math
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dqjax.kernels.decode_attention.api import default_backend
 from dqjax.models.config import ModelConfig
 from dqjax.sharding import Rules
 
@@ -82,7 +83,9 @@ def plan_layout(
     capacity = _rounded(room + max_new_tokens)
     chunk = min(room, CHUNK)
     per_position = position_bytes(config, rules, dtype)
-    grows_from = GROWS_FROM.get(rules.mesh.devices.flat[0].platform, math.inf)
+    device = rules.mesh.devices.flat[0]
+    reads_all = default_backend(device, dtype, config.head_dim, capacity) == "xla"
+    grows_from = GROWS_FROM[device.platform] if reads_all else math.inf
 
     def with_slots(slots: int) -> Layout:
         lanes = min(PREFILL_TOKENS // chunk, slots, slots * capacity // (LANE_SHARE * room))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dqjax.kernels.attention.cudnn import cudnn_attention, why_not_cudnn
 from dqjax.kernels.attention.intervals import IntervalPlan, build_intervals, check_order
 from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
-from dqjax.kernels.attention.mosaic_gpu import why_not_mosaic_gpu
+from dqjax.kernels.attention.mosaic_gpu import is_hopper, why_not_mosaic_gpu
 from dqjax.kernels.attention.mosaic_gpu_backward import MOSAIC_GPU
 from dqjax.kernels.attention.plan import Plan, build_plan
 from dqjax.kernels.attention.reference import reference_attention
@@ -217,8 +217,7 @@ def default_backend(device: Any, *able: str) -> str:
         return _choose("tpu", "tpu")
     if device.platform != "gpu":
         return _choose("xla", device.platform)
-    hopper = getattr(device, "compute_capability", None) == "9.0"
-    usable = [name for name in able if name != "mosaic_gpu" or hopper]
+    usable = [name for name in able if name != "mosaic_gpu" or is_hopper(device)]
     return _choose(usable[0] if usable else "xla", device.device_kind or device.platform)
 
 

@@ -8,7 +8,7 @@ are masked.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,13 +112,23 @@ def over_items(work: Work, sm, table, body):
 def why_not_mosaic_gpu(dtype: jax.typing.DTypeLike, head_size: int, scale: float, *, kv_positions: bool) -> str | None:
     """The first thing of a call that these kernels cannot do, or None."""
     reasons = {
-        "its work under jax before 0.11.2": jax.__version_info__ < (0, 11, 2),
+        "its work under jax before 0.11.2": too_old(),
         "positions of the keys": kv_positions,
         "a dtype other than bfloat16 and float16": dtype not in (jnp.bfloat16, jnp.float16),
         "a head size other than 64 and 128": head_size not in (64, 128),
         "a scale that is not positive": scale <= 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def too_old() -> bool:
+    """Whether this jax is older than the dialect the kernels are written in."""
+    return jax.__version_info__ < (0, 11, 2)
+
+
+def is_hopper(device: Any) -> bool:
+    """Whether these kernels run on a device."""
+    return getattr(device, "compute_capability", None) == "9.0"
 
 
 def whole_tiles(x: Float[Array, "B T ..."]) -> Float[Array, "B T2 ..."]:
@@ -189,6 +199,7 @@ class Handover(NamedTuple):
         _bar("arrive", self.first + index, self.threads)
 
     def wait(self, index=0):
+        """Arrives, too: nobody passes before `threads` of them have."""
         _bar("sync", self.first + index, self.threads)
 
 

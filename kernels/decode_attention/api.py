@@ -2,17 +2,25 @@
 
 import functools
 import logging
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
+from dqjax.kernels.attention.mosaic_gpu import is_hopper
+from dqjax.kernels.decode_attention.mosaic_gpu import mosaic_gpu_decode_attention, why_not_mosaic_gpu
 from dqjax.kernels.decode_attention.reference import reference_decode_attention
 from dqjax.kernels.decode_attention.tpu import tpu_decode_attention
 from dqjax.kernels.decode_attention.xla import xla_decode_attention
 
 log = logging.getLogger(__name__)
 
-BACKENDS = {"reference": reference_decode_attention, "tpu": tpu_decode_attention, "xla": xla_decode_attention}
+BACKENDS = {
+    "reference": reference_decode_attention,
+    "tpu": tpu_decode_attention,
+    "mosaic_gpu": mosaic_gpu_decode_attention,
+    "xla": xla_decode_attention,
+}
 
 
 def decode_attention(
@@ -41,7 +49,8 @@ def decode_attention(
       scale: None is 1/√H.
       softcap: logits become softcap · tanh(logits / softcap).
       window: number of latest keys that are seen; None is all.
-      backend: "tpu" (Pallas; S a multiple of 16), "xla", "reference"; None takes "tpu" on TPU, else "xla".
+      backend: "tpu" (Pallas; S a multiple of 16), "mosaic_gpu" (Pallas, Hopper; S a multiple of 8), "xla", "reference";
+        None is `default_backend`.
 
     Returns:
       The output in q's dtype. Not meant to be differentiated.
@@ -60,16 +69,23 @@ def decode_attention(
         raise ValueError(f"decode_attention: lengths must be [{B}], got {lengths.shape}")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window counts the query's own key, so it is at least 1; got {window}")
-    backend = default_backend(jax.default_backend()) if backend is None else backend
+    if backend is None:
+        backend = default_backend(jax.devices()[0], q.dtype, H, k_cache.shape[1])
     if backend not in BACKENDS:
         raise ValueError(f"decode_attention: unknown backend {backend!r}; there are {tuple(BACKENDS)}")
     scale = H**-0.5 if scale is None else scale
     return BACKENDS[backend](q, k_cache, v_cache, lengths, scale=scale, softcap=softcap, window=window)
 
 
+def default_backend(device: Any, dtype: jax.typing.DTypeLike, head_size: int, slots: int) -> str:
+    """The backend that None stands for on a device: the kernel for it, or "xla" where that cannot do the call."""
+    if device.platform == "tpu":
+        return _choose("tpu", "tpu")
+    fits = is_hopper(device) and why_not_mosaic_gpu(dtype, head_size, slots) is None
+    return _choose("mosaic_gpu" if fits else "xla", device.device_kind)
+
+
 @functools.cache
-def default_backend(platform: str) -> str:
-    """The backend that None stands for on a platform ("cpu", "gpu", "tpu"); logged once."""
-    backend = "tpu" if platform == "tpu" else "xla"
-    log.info("decode_attention: backend %r on %s", backend, platform)
+def _choose(backend: str, place: str) -> str:
+    log.info("decode_attention: backend %r on %s", backend, place)
     return backend
