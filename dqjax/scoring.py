@@ -1,26 +1,31 @@
 """Trained classifiers put to use: reward models and RV/CD scorers, from conversations to logits."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dqjax.config import ConfigError
-from dqjax.convert.classifier import classifier_config
+from dqjax.convert.classifier import LABELS, classifier_config
 from dqjax.convert.source import resolve_model
 from dqjax.data.chat import ChatFormat
 from dqjax.data.pack import Tokens, best_fit_decreasing, pack_rows
 from dqjax.data.pair_loader import closing_ids
-from dqjax.data.records import BadRow, Record
+from dqjax.data.records import BadRow, Message, Record
 from dqjax.data.tokenizer import load_tokenizer
 from dqjax.load import read_classifier
 from dqjax.losses.scores import sequence_scores
 from dqjax.models.decoder import Decoder
 from dqjax.models.heads import Classifier
+from dqjax.rewards.model import Score
+from dqjax.rewards.types import Completion
+from dqjax.rewards.verbosity import Labels, StyleScorer
 from dqjax.sharding import Rules
+from dqjax.steps.scorer import expected_levels
 from dqjax.trainer import own_rows, placer
 
 log = logging.getLogger(__name__)
@@ -101,3 +106,53 @@ class Scorer:
         model = self._classifier
         hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
         return sequence_scores(hidden, model.output_table(params), batch, columns)
+
+
+def load_scorer(name: str, kind: Literal["scorer", "reward"], rules: Rules, *, where: str, **shape: Any) -> Scorer:
+    """A `Scorer` of one kind: RV and CD, or a reward.
+
+    Args:
+      where: the key that names it, for the message. shape: row_length, rows, dtype.
+
+    Raises:
+      ConfigError: cannot be read, or holds a classifier of another kind.
+    """
+    scorer = Scorer(name, rules, **shape)
+    if (tuple(scorer.labels) == LABELS["scorer"]) != (kind == "scorer") or (kind == "reward" and len(scorer.labels) != 1):
+        raise ConfigError(f"{where}: {name} has the labels {', '.join(scorer.labels)}, not those of a {kind}")
+    return scorer
+
+
+def levels_of(scorer: Scorer) -> StyleScorer:
+    """RV and CD of completions, by a scorer of both."""
+
+    def levels(completions: Sequence[Completion]) -> list[Labels]:
+        logits = _logits(scorer, completions)
+        found = {name: np.asarray(level)[0] for name, level in expected_levels(jnp.asarray(logits)[None]).items()}
+        pairs = zip(found["verbosity"].tolist(), found["difficulty"].tolist(), strict=True)
+        return [Labels(None, None) if np.isnan(rv) else Labels(rv, cd) for rv, cd in pairs]
+
+    return levels
+
+
+def scores_of(scorer: Scorer) -> Score:
+    """Scores of completions by a reward model; NaN where there is none."""
+    return lambda completions: _logits(scorer, completions)[:, 0].tolist()
+
+
+def _logits(scorer: Scorer, completions: Sequence[Completion]) -> np.ndarray:
+    """Logits `[N, C]`; NaN for what is no whole conversation: a block that never closes, or one longer than a row."""
+    out = np.full((len(completions), len(scorer.labels)), np.nan, np.float32)
+    whole = [i for i, c in enumerate(completions) if c.response.closed and not c.truncated]
+    tokens = scorer.tokens([_conversation(completions[i]) for i in whole])
+    scored = [(i, ids) for i, ids in zip(whole, tokens, strict=True) if not isinstance(ids, BadRow)]
+    if scored:
+        out[[i for i, _ in scored]] = scorer.logits([ids for _, ids in scored])
+    return out
+
+
+def _conversation(completion: Completion) -> Record:
+    """The problem's turns and the sample's."""
+    said = Message("assistant", completion.response.answer, completion.response.thinking)
+    problem = completion.problem
+    return dataclasses.replace(problem, messages=(*problem.messages, said))

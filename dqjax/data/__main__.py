@@ -1,6 +1,7 @@
 """python -m dqjax.data COMMAND: the data commands, each with HELP, EXAMPLE, add_arguments and run."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,43 +15,61 @@ from dqjax.commands import run_command
 from dqjax.data.command import PipelineCommand, StageCommand
 from dqjax.data.limits import BudgetSpent
 from dqjax.data.local import LocalTeacher
+from dqjax.data.models import ScorerConfig
 from dqjax.data.pipeline import STAGES
 from dqjax.data.teacher import SamplingConfig, TeacherConfig
+from dqjax.rewards.verbosity import StyleScorer
+from dqjax.sharding import MeshConfig, Rules, make_mesh
 
 BUDGET_SPENT = 3  # exit code: max_total_tokens is reached; a higher one goes on from there
 
 
-def make_local(config: TeacherConfig) -> LocalTeacher:
-    """A teacher on the rollout engine, from a run folder, a converted checkpoint or a Hugging Face folder."""
-    from dqjax.load import load_model, start_jax
-    from dqjax.rollout.engine import Engine, Prompt
-    from dqjax.rollout.sampling import Sampling
-    from dqjax.sharding import MeshConfig, Rules, make_mesh
+class OwnModels:
+    """`models.Models` on the rollout engine and the scorer of the package."""
 
-    start_jax()
-    local = config.local
-    rules = Rules(make_mesh(**MeshConfig().model_dump()))
-    model, params = load_model(local.checkpoint, rules, dtype=local.dtype)
-    rows = -(-local.rows // rules.batch_shards) * rules.batch_shards
-    engines: dict[SamplingConfig, Engine] = {}
+    def teacher(self, config: TeacherConfig) -> LocalTeacher:
+        """From a run folder, a converted checkpoint or a Hugging Face folder."""
+        from dqjax.load import load_model
+        from dqjax.rollout.engine import Engine, Prompt
+        from dqjax.rollout.sampling import Sampling
 
-    def generate(
-        sampling: SamplingConfig, prompts: Iterable[tuple[Sequence[int], int]]
-    ) -> Iterator[tuple[Sequence[int], str]]:
-        if sampling not in engines:
-            engines[sampling] = Engine(
-                model.decoder,
-                stop_ids=model.chat.stop_ids,
-                vocab=model.vocab,
-                sampling=Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
-                rows=rows,
-                max_new_tokens=sampling.max_tokens,
-                seed=sampling.seed,
-            )
-        for sample in engines[sampling].generate(params, (Prompt(tuple(ids), seed) for ids, seed in prompts)):
-            yield sample.token_ids, sample.finish_reason
+        rules, local = self._rules, config.local
+        model, params = load_model(local.checkpoint, rules, dtype=local.dtype)
+        rows = -(-local.rows // rules.batch_shards) * rules.batch_shards
+        engines: dict[SamplingConfig, Engine] = {}
 
-    return LocalTeacher(config.name, config.identity, model.chat, generate, rows=rows, thinking=local.thinking)
+        def generate(
+            sampling: SamplingConfig, prompts: Iterable[tuple[Sequence[int], int]]
+        ) -> Iterator[tuple[Sequence[int], str]]:
+            if sampling not in engines:
+                engines[sampling] = Engine(
+                    model.decoder,
+                    stop_ids=model.chat.stop_ids,
+                    vocab=model.vocab,
+                    sampling=Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
+                    rows=rows,
+                    max_new_tokens=sampling.max_tokens,
+                    seed=sampling.seed,
+                )
+            for sample in engines[sampling].generate(params, (Prompt(tuple(ids), seed) for ids, seed in prompts)):
+                yield sample.token_ids, sample.finish_reason
+
+        return LocalTeacher(config.name, config.identity, model.chat, generate, rows=rows, thinking=local.thinking)
+
+    def scorer(self, config: ScorerConfig) -> StyleScorer:
+        """From a run folder of `objective: scorer`, or a folder exported from one."""
+        from dqjax.scoring import levels_of, load_scorer
+
+        shape = config.model_dump(include={"row_length", "rows", "dtype"})
+        return levels_of(load_scorer(config.checkpoint, "scorer", self._rules, where="scorer.checkpoint", **shape))
+
+    @functools.cached_property
+    def _rules(self) -> Rules:
+        """The mesh of all devices; jax starts when the first model is made."""
+        from dqjax.load import start_jax
+
+        start_jax()
+        return Rules(make_mesh(**MeshConfig().model_dump()))
 
 
 COMMANDS = {
@@ -59,8 +78,8 @@ COMMANDS = {
     "tokenizer": dqjax.data.train_tokenizer,
     "decontaminate": dqjax.data.decontaminate,
     "merge": dqjax.data.merge,
-    "pipeline": PipelineCommand(make_local),
-    **{name: StageCommand(name, module, make_local) for name, module in STAGES.items() if name != "collect"},
+    "pipeline": PipelineCommand(OwnModels()),
+    **{name: StageCommand(name, module, OwnModels()) for name, module in STAGES.items() if name != "collect"},
 }
 
 

@@ -24,7 +24,8 @@ from dqjax.data.chain_rows import (
     note,
     question_of,
 )
-from dqjax.data.length_labels import LengthScorer, LengthScorerConfig
+from dqjax.data.length_labels import LengthRule, LengthRuleConfig
+from dqjax.data.models import ScorerConfig
 from dqjax.data.prompt import load_prompt
 from dqjax.data.replies import answer_of, read_integer
 from dqjax.data.stage import Job, Out, rejection, together
@@ -37,18 +38,20 @@ LABELS = {"verbosity": (VERBOSITY, 9), "difficulty": (DIFFICULTY, 9), "correctne
 
 
 class Config(Section):
-    """annotate. Either a judge or a scorer labels.
+    """annotate. A judge, a scorer or a rule labels.
 
     judge: a teacher's name. votes: calls a label. sampling: its sampling; several votes need a temperature.
-    scorer: `length` labels by length alone, without any model: a stand-in where no judge can be paid for.
-    labels: which to give; a scorer gives the first two.
+    scorer: a trained RV/CD scorer, in place of a judge.
+    length_rule: labels by length alone, without any model: a stand-in where there is neither.
+    labels: which to give; scorer and rule give the first two.
     overwrite: label chains again that carry the label already.
     """
 
     judge: str | None = None
     votes: int = pydantic.Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=4096)
-    scorer: LengthScorerConfig | None = None
+    scorer: ScorerConfig | None = None
+    length_rule: LengthRuleConfig | None = None
     labels: tuple[Literal["verbosity", "difficulty", "correctness"], ...] = ("verbosity", "difficulty", "correctness")
     verbosity_prompt: str = "annotate_verbosity"
     difficulty_prompt: str = "annotate_difficulty"
@@ -57,8 +60,8 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self):
-        if (self.judge is None) == (self.scorer is None):
-            raise ValueError("expected either a judge or a scorer")
+        if [self.judge, self.scorer, self.length_rule].count(None) != 2:
+            raise ValueError("expected one of judge, scorer, length_rule")
         if self.votes > 1 and self.sampling.temperature == 0:
             raise ValueError("votes: at temperature 0 all votes are one; set sampling.temperature")
         return self
@@ -66,9 +69,12 @@ class Config(Section):
 
 def run(config: Config, job: Job) -> None:
     """Adds the labels, and `NAME_spread` where there is more than one vote."""
-    if config.scorer is not None:
-        scorer = LengthScorer(config.scorer)
-        job.map_batches(lambda rows: label_by_scorer(rows, scorer, job, by="length rule"))
+    if config.judge is None:
+        if config.scorer is not None:
+            scorer, by = job.staff.scorer(config.scorer), config.scorer.checkpoint
+        else:
+            scorer, by = LengthRule(config.length_rule), "length rule"
+        job.map_batches(lambda rows: _label_by_scorer(rows, scorer, config, job, by))
         return
     templates = {name: load_prompt(getattr(config, f"{name}_prompt")) for name in config.labels}
 
@@ -84,7 +90,7 @@ def run(config: Config, job: Job) -> None:
     async def labelled(row: Row) -> Out:
         if not has_chain(row):
             return rejection(row, "no chain to label")
-        wanted = [n for n in config.labels if config.overwrite or row.get(LABELS[n][0]) is None]
+        wanted = _wanted(row, config)
         votes = await together(vote(row, name, k) for name in wanted for k in range(config.votes))
         for i, name in enumerate(wanted):
             row = _with_votes(row, name, votes[i * config.votes : (i + 1) * config.votes], job)
@@ -96,21 +102,31 @@ def run(config: Config, job: Job) -> None:
     job.map_async(transform, [config.judge])
 
 
-def label_by_scorer(rows: list[Row], scorer: StyleScorer, job: Job, *, by: str) -> list[Out]:
-    """RV and CD by anything that scores completions, a scorer model for one."""
+def _label_by_scorer(rows: list[Row], scorer: StyleScorer, config: Config, job: Job, by: str) -> list[Out]:
+    """RV and CD by anything that scores completions."""
     ready = [row for row in rows if has_chain(row)]
-    labels = dict(zip(map(id, ready), scorer([completion_of(row) for row in ready]), strict=True))
+    labels = iter(scorer([completion_of(row) for row in ready]))
     outs: list[Out] = []
     for row in rows:
-        if id(row) not in labels:
+        if not has_chain(row):
             outs.append(rejection(row, "no chain to label"))
             continue
-        for name, value in zip((VERBOSITY, DIFFICULTY), labels[id(row)]):
-            job.counts[f"{name} {'missing' if value is None else 'given'}"] += 1
+        found = next(labels)._asdict()
+        for name in _wanted(row, config):
+            if name not in found:
+                continue
+            field, value = LABELS[name][0], found[name]
+            job.counts[f"{field} {'missing' if value is None else 'given'}"] += 1
+            row = {key: old for key, old in row.items() if key != field}
             if value is not None:
-                row = note(row | {name: value}, name, job.name, by)
+                row = note(row | {field: round(value, 2)}, field, job.name, by)
         outs.append(_with_difficulty(row))
     return outs
+
+
+def _wanted(row: Row, config: Config) -> list[str]:
+    """The labels to give to a row."""
+    return [name for name in config.labels if config.overwrite or row.get(LABELS[name][0]) is None]
 
 
 def _with_votes(row: Row, name: str, votes: list[tuple[int | None, Request, Reply | None]], job: Job) -> Row:

@@ -15,6 +15,7 @@
 Every other column of the source passes through untouched.
 """
 
+import dataclasses
 import datetime
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -109,11 +110,11 @@ def with_answer(row: Row, thought: str | None, solution: str) -> Row:
 
 
 def completion_of(row: Row) -> Completion:
-    """The chain as graders see it."""
-    thought, solution = thought_of(row), solution_of(row)
+    """The chain as graders see it, its problem without it."""
+    thought, solution, record = thought_of(row), solution_of(row), record_of(row)
     text = solution if thought is None else f"<think>\n{thought}\n</think>\n\n{solution}"
     return Completion(
-        problem=record_of(row),
+        problem=dataclasses.replace(record, messages=record.messages[:-1]),
         text=text,
         response=Response(thought, solution, True),
         tokens=row.get("tokens") or 0,

@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from types import ModuleType
 
 from dqjax.config import ConfigError
+from dqjax.data.models import Models
 from dqjax.data.pipeline import (
     PipelineConfig,
     Step,
@@ -18,18 +18,14 @@ from dqjax.data.pipeline import (
     summary,
 )
 from dqjax.data.stage import Shard
-from dqjax.data.teacher import Teacher, TeacherConfig
-
-MakeLocal = Callable[[TeacherConfig], Teacher]
-
 
 class StageCommand:
     """`python -m dqjax.data STAGE`: the steps of that stage in a pipeline's file, or one step on files named here."""
 
-    def __init__(self, stage: str, module: ModuleType, make_local: MakeLocal):
+    def __init__(self, stage: str, module: ModuleType, models: Models):
         self.HELP, self.__doc__ = module.HELP, module.__doc__
         self.EXAMPLE = f"python -m dqjax.data {stage} --config configs/data/example.yaml"
-        self._stage, self._make_local = stage, make_local
+        self._stage, self._models = stage, models
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_config(parser, required=False)
@@ -43,11 +39,11 @@ class StageCommand:
     def run(self, args: argparse.Namespace) -> None:
         config, steps = self._steps(args)
         if args.estimate:
-            print(estimate(config, steps, make_local=self._make_local))
+            print(estimate(config, steps, models=self._models))
             return
         shard = Shard.parse(args.shard) if args.shard else None
         for step in steps:
-            job = run_step(config, step, make_local=self._make_local, shard=shard)
+            job = run_step(config, step, models=self._models, shard=shard)
             print(f"{job.output}: {summary(job.counts)}")
 
     def _steps(self, args: argparse.Namespace) -> tuple[PipelineConfig, list[Step]]:
@@ -79,8 +75,8 @@ class PipelineCommand:
     HELP = "run all steps of a file, from problems to training files"
     EXAMPLE = "python -m dqjax.data pipeline --config configs/data/example.yaml"
 
-    def __init__(self, make_local: MakeLocal):
-        self._make_local = make_local
+    def __init__(self, models: Models):
+        self._models = models
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_config(parser, required=True)
@@ -91,9 +87,9 @@ class PipelineCommand:
     def run(self, args: argparse.Namespace) -> None:
         config, steps = read_pipeline(args.config, args.overrides)
         if args.estimate:
-            print(estimate(config, steps, make_local=self._make_local))
+            print(estimate(config, steps, models=self._models))
         else:
-            run_pipeline(config, steps, make_local=self._make_local, again=args.again)
+            run_pipeline(config, steps, models=self._models, again=args.again)
 
 
 def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -1,8 +1,7 @@
 """Rows into a training and a validation file, by problem: no question is on both sides, however many chains it has.
 
 The training file is the step's output, `OUT.jsonl`; beside it stand `OUT.validation.jsonl` and, with `messages`, both
-files
-once more in the form that other trainers read: role and content alone, the chain between `<think>` tags.
+files once more in the form that other trainers read: role and content alone, the chain between `<think>` tags.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ HELP = "hold out validation problems; write training files, also as plain messag
 class Config(Section):
     """split.
 
-    validation: problems to hold out: a share (0.05) or a number (200).
+    validation: problems to hold out: a share (0.05), which is one problem at least, or a number (200).
     seed: of the draw.
     drop: columns that training does not read, and whose types differ from row to row.
     messages: also write the files for other trainers.
@@ -40,8 +39,9 @@ def run(config: Config, job: Job) -> None:
     keys = np.fromiter((question_key(record_of(row)) for group in job.groups() for row in group), np.int64)
     job.counts.clear()
     questions = np.unique(keys)
-    held = int(config.validation) if isinstance(config.validation, int) else round(config.validation * len(questions))
-    if held >= len(questions) or (held == 0 and config.validation):
+    number, share = isinstance(config.validation, int), config.validation * len(questions)
+    held = int(config.validation) if number or not share else max(round(share), 1)
+    if held >= len(questions):
         raise ConfigError(
             f"split: {len(questions)} problems, of which {held} would be held out; set another validation"
         )

@@ -17,7 +17,7 @@ from dqjax.rewards.types import Completion
 from dqjax.rewards.verbosity import SCALE, Labels
 
 
-class LengthScorerConfig(Section):
+class LengthRuleConfig(Section):
     """The scales: the values that are 0 and 9.
 
     shortest, longest: words of a chain, for RV. few, many: lines of a chain that are not empty, for CD.
@@ -35,10 +35,10 @@ class LengthScorerConfig(Section):
         return self
 
 
-class LengthScorer:
+class LengthRule:
     """A `StyleScorer` by the rule above; an answer without a chain has no labels."""
 
-    def __init__(self, config: LengthScorerConfig):
+    def __init__(self, config: LengthRuleConfig):
         self._config = config
 
     def __call__(self, completions: Sequence[Completion]) -> list[Labels]:
@@ -54,4 +54,4 @@ class LengthScorer:
 
 def _position(value: int, low: int, high: int) -> float:
     share = math.log(value / low) / math.log(high / low)
-    return round(SCALE * min(max(share, 0.0), 1.0), 2)
+    return SCALE * min(max(share, 0.0), 1.0)

@@ -78,8 +78,11 @@ def run(config: Config, job: Job) -> None:
 
 
 def pair_of(chosen: Row, rejected: Row, kind: str, **more) -> Row | None:
-    """The preference row; None where both say the same."""
-    if _said(chosen) == _said(rejected):
+    """The preference row; None where both say the same, or one has a chain and the other none.
+
+    A chat template would put the latter two behind different prompts, so that no loss can compare them.
+    """
+    if _said(chosen) == _said(rejected) or (thought_of(chosen) is None) != (thought_of(rejected) is None):
         return None
     turns = chosen["messages"][:-1]
     row = {"id": f"{chosen['id']}>{rejected['id']}", "problem_id": chosen["problem_id"], "prompt": turns}
@@ -166,7 +169,8 @@ def _run_quality(config: Config, job: Job) -> None:
             return failure(row, e)
         except Unusable as e:
             return rejection(row, f"unusable answer: {e}")
-        return pair_of(chosen, rejected, "quality") or rejection(row, "both prompts gave the same answer")
+        alike = "the same answer" if _said(chosen) == _said(rejected) else "one answer with a chain and one without"
+        return pair_of(chosen, rejected, "quality") or rejection(row, f"the two prompts gave {alike}")
 
     async def transform(group: list[Row]) -> list[Out]:
         return await asyncio.gather(*(pair(group[0], k) for k in range(config.per_problem)))

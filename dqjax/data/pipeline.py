@@ -18,7 +18,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -27,9 +27,10 @@ import yaml
 from dqjax.config import ConfigError, Section, dump, load, validate
 from dqjax.data import annotate, collecting, generate, holdout, lengths, pairs, refine, select, stats, verify
 from dqjax.data.estimate import scaled_report
+from dqjax.data.models import Models
 from dqjax.data.staff import Staff
 from dqjax.data.stage import Job, Shard
-from dqjax.data.teacher import Teacher, TeacherConfig
+from dqjax.data.teacher import TeacherConfig
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def run_pipeline(
     config: PipelineConfig,
     steps: Sequence[Step],
     *,
-    make_local: Callable[[TeacherConfig], Teacher] | None = None,
+    models: Models | None = None,
     again: bool = False,
 ) -> None:
     """Runs the steps in order; those that are done already are passed over.
@@ -151,7 +152,7 @@ def run_pipeline(
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "pipeline.yaml").write_text(dump(config))
-    staff = Staff(config.teachers, make_local, config.max_total_tokens)
+    staff = Staff(config.teachers, models, config.max_total_tokens)
     for step in steps:
         job = Job(step.name, step.inputs, step.output, staff=staff, settings=step.config)
         if done := _done(step, job, again):
@@ -165,12 +166,12 @@ def run_step(
     config: PipelineConfig,
     step: Step,
     *,
-    make_local: Callable[[TeacherConfig], Teacher] | None = None,
+    models: Models | None = None,
     shard: Shard | None = None,
     limit: int | None = None,
 ) -> Job:
     """Runs one step, or a shard of it, whether it is done or not."""
-    staff = Staff(config.teachers, make_local, config.max_total_tokens)
+    staff = Staff(config.teachers, models, config.max_total_tokens)
     job = Job(step.name, step.inputs, step.output, staff=staff, settings=step.config, shard=shard, limit=limit)
     step.module.run(step.config, job)
     return job
@@ -180,7 +181,7 @@ def estimate(
     config: PipelineConfig,
     steps: Sequence[Step],
     *,
-    make_local: Callable[[TeacherConfig], Teacher] | None = None,
+    models: Models | None = None,
     rows: int = 20,
 ) -> str:
     """Runs all steps on a few rows, in `out/estimate`, and says what the whole would cost.
@@ -188,7 +189,7 @@ def estimate(
     The answers go to the journals of the real run: nothing is paid for twice.
     """
     out, trial = pathlib.Path(config.out), pathlib.Path(config.out) / "estimate"
-    staff = Staff(config.teachers, make_local, config.max_total_tokens)
+    staff = Staff(config.teachers, models, config.max_total_tokens)
     total, reports = None, []
     tried = {str(step.output): str(trial / step.output.relative_to(out)) for step in steps}
     for step in steps:

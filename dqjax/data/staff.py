@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
 
@@ -12,7 +12,9 @@ from dqjax.config import ConfigError
 from dqjax.data.endpoint import Endpoint, open_session
 from dqjax.data.journal import Journal, tokens_in
 from dqjax.data.limits import Budget
+from dqjax.data.models import Models, ScorerConfig
 from dqjax.data.teacher import EndpointTeacher, Journaled, Teacher, TeacherConfig
+from dqjax.rewards.verbosity import StyleScorer
 
 _SHARD = re.compile(r"\.shard-\d+-of-\d+(?=\.journal\.jsonl$)")
 
@@ -22,20 +24,20 @@ class Staff:
 
     Args:
       configs: of all teachers; names are unique.
-      make_local: makes the local ones; commands that know models provide it.
+      models: makes the local ones, and scorers; commands that know models provide it.
       max_total_tokens: what all calls whose journals lie in one folder may cost together; a shard has its part of it.
     """
 
     def __init__(
         self,
         configs: Sequence[TeacherConfig] = (),
-        make_local: Callable[[TeacherConfig], Teacher] | None = None,
+        models: Models | None = None,
         max_total_tokens: int | None = None,
     ):
         self._configs = {config.name: config for config in configs}
         if len(self._configs) < len(configs):
             raise ConfigError("teachers: two have the same name")
-        self._make_local, self._limit = make_local, max_total_tokens
+        self._models, self._limit = models, max_total_tokens
         self._locals: dict[str, Teacher] = {}
         self._working: dict[str, Teacher] = {}
 
@@ -52,6 +54,10 @@ class Staff:
     def teacher(self, name: str) -> Teacher:
         """A teacher that is at work."""
         return self._working[name]
+
+    def scorer(self, config: ScorerConfig) -> StyleScorer:
+        """A trained RV/CD scorer."""
+        return self._known_models(f"scorer {config.checkpoint}").scorer(config)
 
     @contextlib.asynccontextmanager
     async def at_work(
@@ -81,10 +87,13 @@ class Staff:
         if config.local is None:
             return EndpointTeacher(config, [Endpoint(e, session) for e in config.endpoints], budget)
         if config.name not in self._locals:
-            if self._make_local is None:
-                raise ConfigError(f"teacher {config.name} is local; only python -m dqjax.data makes such ones")
-            self._locals[config.name] = self._make_local(config)
+            self._locals[config.name] = self._known_models(f"teacher {config.name}").teacher(config)
         return self._locals[config.name]
+
+    def _known_models(self, what: str) -> Models:
+        if self._models is None:
+            raise ConfigError(f"{what} is local; only python -m dqjax.data makes such ones")
+        return self._models
 
 
 def _siblings(path: pathlib.Path) -> list[pathlib.Path]:

@@ -14,7 +14,8 @@ def problems(n, start=0):
 def chain(problem, k=0, *, thought="add them", solution=None, **more):
     """A chain row of a problem."""
     solution = problem["answer"] if solution is None else solution
-    said = {"role": "assistant", "content": solution, "reasoning_content": thought}
+    said = {"role": "assistant", "content": solution}
+    said |= {} if thought is None else {"reasoning_content": thought}
     turns = [{"role": "user", "content": problem["prompt"]}, said]
     base = {"id": f"{problem['id']}#t/{k}", "problem_id": problem["id"], "messages": turns, "answer": problem["answer"]}
     return base | more
@@ -45,10 +46,10 @@ def write_pipeline(folder, teachers, steps, **more):
     return str(path)
 
 
-def run(folder, teachers, steps, *, make_local=None, again=False, **more):
+def run(folder, teachers, steps, *, models=None, again=False, **more):
     """Runs a pipeline and returns its output folder."""
     config, made = read_pipeline(write_pipeline(folder, teachers, steps, **more))
-    run_pipeline(config, made, make_local=make_local, again=again)
+    run_pipeline(config, made, models=models, again=again)
     return folder / "out"
 
 

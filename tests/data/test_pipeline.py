@@ -16,7 +16,7 @@ import urllib.request
 import pytest
 import yaml
 
-from dqjax.data.__main__ import main, make_local
+from dqjax.data.__main__ import OwnModels, main
 from dqjax.data.chain_rows import DIFFICULTY, VERBOSITY
 from dqjax.data.chains import write_chain
 from dqjax.data.config import SourceConfig
@@ -62,7 +62,7 @@ def solver(question, before, sent):
     if "Reply with one digit" in question:
         return Say("1")
     if "careless" in system:
-        return Say("Something.")
+        return Say("<think>\nhm\n</think>\n\nSomething.")
     style = "columns" if "add what is left out" in system else "running"
     chain = write_chain(expression, answer, style)
     if "shorten" in system:
@@ -78,7 +78,7 @@ def example(workspace, url):
     steps = {step.get("name", step["stage"]): step for step in config["steps"]}
     steps["collect"]["sources"][0]["size"] = 40
     steps["verify"]["judge"] = "tiny"
-    steps["annotate"].pop("scorer")
+    steps["annotate"].pop("length_rule")
     steps["annotate"] |= {"judge": "tiny", "labels": ["verbosity", "difficulty", "correctness"]}
     steps["long2short"]["at_least"] = 20
     steps["select"]["missing"] = "keep"
@@ -192,7 +192,7 @@ def test_our_model_in_process(workspace, tmp_path, monkeypatch):
     outs = []
     for n in (5, 9):
         rows = write_jsonl(tmp_path / f"{n}.jsonl", problems(n))
-        outs.append(run(tmp_path / str(n), teachers, [{**step, "input": rows}], make_local=make_local))
+        outs.append(run(tmp_path / str(n), teachers, [{**step, "input": rows}], models=OwnModels()))
     journals = [
         {row["key"]: row["reply"]["text"] for row in read_jsonl(out / "generate.journal.jsonl")} for out in outs
     ]  # fmt: skip
@@ -200,7 +200,7 @@ def test_our_model_in_process(workspace, tmp_path, monkeypatch):
     assert len(journals[0]) == 10 and len(journals[1]) == 18 - failed and failed < 4
     assert all(journals[1][key] == text for key, text in journals[0].items())
     before = timeless(outs[0] / "generate.rejected.jsonl")
-    run(tmp_path / "5", teachers, [{**step, "input": str(tmp_path / "5.jsonl")}], make_local=None, again=True)
+    run(tmp_path / "5", teachers, [{**step, "input": str(tmp_path / "5.jsonl")}], again=True)
     assert timeless(outs[0] / "generate.rejected.jsonl") == before
     path = write_pipeline(tmp_path / "cli", teachers, [{**step, "input": str(tmp_path / "5.jsonl")}])
     assert main(["generate", "--config", path, "--estimate"]) == 0

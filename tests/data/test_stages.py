@@ -169,8 +169,8 @@ def test_votes_give_median_and_spread_and_need_a_majority(tmp_path):
 
 def test_labels_by_length(tmp_path):
     rows = [chain(problems(n)[n - 1], thought="word " * n) for n in (1, 10, 100)]
-    scorer = {"shortest": 1, "longest": 100, "few": 1, "many": 10}
-    out = step(tmp_path, rows, stage="annotate", scorer=scorer, labels=["verbosity", "difficulty"])
+    scale = {"shortest": 1, "longest": 100, "few": 1, "many": 10}
+    out = step(tmp_path, rows, stage="annotate", length_rule=scale, labels=["verbosity", "difficulty"])
     assert [row[VERBOSITY] for row in out] == [0, 4.5, 9] and {row[DIFFICULTY] for row in out} == {0}
 
 
@@ -307,7 +307,7 @@ def test_the_mixture_keeps_the_nearest_in_each_bin(tmp_path):
 
 def test_right_against_wrong(tmp_path):
     rows = [chain(ONE, k, thought=f"way {k}", correct=c) for k, c in enumerate([True, True, False, False, None])]
-    rows += [chain(problems(2)[1], correct=True)]
+    rows += [chain(problems(2)[1], correct=True), chain(problems(2)[1], 1, thought=None, solution="3", correct=False)]
     out = step(tmp_path, rows, stage="pairs", kind="correctness", per_problem=3)
     assert [row["id"] for row in out] == ["p0#t/0>p0#t/2", "p0#t/1>p0#t/3", "p0#t/0>p0#t/3"]
     assert reasons(tmp_path, "pairs") == {"no correctness pair": 1}
@@ -345,21 +345,23 @@ def test_cogpo_has_three_gaps_with_their_betas(tmp_path):
 
 def test_quality_pairs_ask_twice(tmp_path):
     def script(question, before, sent):
-        high = "expert" in sent["messages"][0]["content"]
-        return Say("A long and good answer." if high else "Dunno." if "0" in question else "A long and good answer.")
+        if "expert" in sent["messages"][0]["content"]:
+            return Say("A long and good answer.", reasoning="Let me see." if "2" in question else None)
+        return Say("A long and good answer." if "1" in question else "Dunno.")
 
     with ChatServer(script) as server:
-        path = write_jsonl(tmp_path / "in.jsonl", problems(2))
+        path = write_jsonl(tmp_path / "in.jsonl", problems(3))
         out = run(
             tmp_path,
             [teacher(endpoint(server.url))],
             [{"stage": "pairs", "kind": "quality", "teacher": "t", "input": path}],
         )
-        assert server.total == 4
+        assert server.total == 6
     (pair,) = read_jsonl(out / "pairs.jsonl")
     assert pair["chosen"][0]["content"] == "A long and good answer." and pair["rejected"][0]["content"] == "Dunno."
     assert {e["prompt"] for e in pair["provenance"]} == {"quality_high@1", "quality_low@1"}
-    assert reasons(tmp_path, "pairs") == {"both prompts gave the same answer": 1}
+    unlike = "the two prompts gave one answer with a chain and one without"  # no loss can compare these
+    assert reasons(tmp_path, "pairs") == {"the two prompts gave the same answer": 1, unlike: 1}
 
 
 # split, formats
