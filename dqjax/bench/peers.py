@@ -64,13 +64,21 @@ class TransformersStep:
       attention: its `attn_implementation`; all but "flex_attention" hold a mask of B × T × T for packed rows.
       checkpointing: recompute each layer in the backward pass.
       compiled: by torch.compile.
-      masters: float32 weights and moments with autocast, as ours; without, both are in the case's dtype.
+      autocast: float32 weights and moments, as ours; without, both are in the case's dtype.
+      liger: Liger's kernels for norms, MLP, RoPE and the cross-entropy from hidden states.
     """
 
     attention: str = "sdpa"
     checkpointing: bool = False
     compiled: bool = False
-    masters: bool = False
+    autocast: bool = False
+    liger: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as "transformers_sdpa_checkpointing"."""
+        chosen = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is True]
+        return "_".join(["transformers", self.attention, *chosen])
 
 
 def time_transformers(case: Case, how: TransformersStep, folder: pathlib.Path) -> dict[str, Any]:
@@ -92,9 +100,13 @@ def time_transformers(case: Case, how: TransformersStep, folder: pathlib.Path) -
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, case.dtype)
-    held = torch.float32 if how.masters else dtype
+    held = torch.float32 if how.autocast else dtype
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=held, attn_implementation=how.attention)
     model.to(device).train()
+    if how.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)  # what transformers' own trainer calls
     if how.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     forward = torch.compile(model) if how.compiled else model

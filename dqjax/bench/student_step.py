@@ -4,13 +4,14 @@ Each function has a process to itself, since XLA keeps the memory it once took.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 
 from dqjax.convert.huggingface import save_params, write_text
 from dqjax.kernels.attention.api import packed_backend
@@ -83,10 +84,11 @@ def check_gradients(case: Case, folder: pathlib.Path) -> dict[str, Any]:
         @jax.jit
         def run(params):
             key = jax.random.key(0)  # of dropout and the like; this loss draws nothing
-            return accumulated_gradients(loss, params, None, batch, key, parts)[:2]
+            grads, value, _ = accumulated_gradients(loss, params, None, batch, key, parts)
+            return grads, {"loss": value, "gradient_norm": optax.tree.norm(grads)}
 
-        grads, value = run(params)
-        return grads, {"loss": float(value), "gradient_norm": _norm(grads)}
+        grads, found = run(params)
+        return grads, jax.tree.map(float, found)
 
     exact, found = gradients("float32", "reference", rows)  # naive attention has room for a row at a time
     results: dict[str, Any] = {"backend": _backend(case), "exact": found}
@@ -152,24 +154,24 @@ def _backend(case: Case) -> str:
 
 def _weights(case: Case) -> Params:
     """Random float32 parameters that the case's dtype holds exactly, so that no candidate's are rounded."""
-    rounded = lambda x: x.astype(case.dtype).astype(jnp.float32)  # noqa: E731
-    return jax.tree.map(rounded, _decoder(case).init(jax.random.key(0)))
-
-
-def _norm(tree: Any) -> float:
-    return float(np.sqrt(sum(float(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(tree))))
+    rounded = lambda tree: jax.tree.map(lambda x: x.astype(case.dtype).astype(jnp.float32), tree)  # noqa: E731
+    return jax.jit(rounded)(_decoder(case).init(jax.random.key(0)))
 
 
 def _errors(grads: Params, exact: Params) -> dict[str, float]:
     """Relative L2 distance of every parameter's gradient, "layers.mlp.up.kernel[3]" for one of stacked layers."""
+
+    def distance(path, got, want):
+        axes = tuple(range(int(_stacked(path)), want.ndim))
+        return jnp.sqrt(jnp.sum(jnp.square(got - want), axes) / jnp.sum(jnp.square(want), axes))
+
+    distances = jax.device_get(jax.jit(functools.partial(jax.tree_util.tree_map_with_path, distance))(grads, exact))
     errors: dict[str, float] = {}
-
-    def add(path, got, want):
+    for path, of in jax.tree_util.tree_leaves_with_path(distances):
         name = ".".join(key.key for key in path)
-        stacked = path[0].key == "layers"
-        axes = tuple(range(int(stacked), want.ndim))
-        distance = np.sqrt(jnp.sum(jnp.square(got - want), axes) / jnp.sum(jnp.square(want), axes))
-        errors.update({f"{name}[{i}]": float(e) for i, e in enumerate(distance)} if stacked else {name: float(distance)})
-
-    jax.tree_util.tree_map_with_path(add, grads, exact)
+        errors |= {f"{name}[{i}]": float(e) for i, e in enumerate(of)} if _stacked(path) else {name: float(of)}
     return errors
+
+
+def _stacked(path: tuple) -> bool:
+    return path[0].key == "layers"

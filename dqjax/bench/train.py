@@ -14,6 +14,7 @@ parameter and token, the output table counted, and attention's over the pairs of
 import argparse
 import concurrent.futures
 import dataclasses
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--micro-batches", type=int, default=1, metavar="N", help="parts of a step's rows, for everyone")
-    parser.add_argument("--compile", action="store_true", help="time transformers under torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="transformers under torch.compile too")
     parser.add_argument("--check-only", action="store_true", help="leave the timing out")
     parser.add_argument("--repetitions", type=int, default=2, metavar="N", help="a time is (t(2N) - t(N)) / N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the median counts; default %(default)s")
@@ -110,8 +111,8 @@ def _measure(case: Case, options: argparse.Namespace, results: dict[str, Any]) -
         log.info("gradients: %s", json.dumps(check))
         _refuse(check, case.dtype)
         tasks: dict[str, tuple[Callable, ...]] = {f"dqjax_{remat}": (time_student, case, remat) for remat in options.remat}
-        for name, how in _peers(options, results["machine"]["platform"]).items():
-            tasks[name] = (time_transformers, case, how, student)
+        for how in _peers(options, results["machine"]["platform"]):
+            tasks[how.name] = (time_transformers, case, how, student)
         for name, task in tasks.items():
             try:
                 found = _alone(*task)
@@ -139,19 +140,23 @@ def _attention_width(case: Case) -> int:
     return case.config.num_layers * case.config.num_heads * case.config.head_dim
 
 
-def _peers(options: argparse.Namespace, platform: str) -> dict[str, TransformersStep]:
+def _peers(options: argparse.Namespace, platform: str) -> list[TransformersStep]:
     """The ways transformers is asked to do it on this platform."""
-    if platform not in ("cpu", "gpu"):  # torch runs on neither kind of TPU
-        return {}
+    if platform not in ("cpu", "gpu"):  # torch runs on no TPU of ours
+        return []
     attentions = ["sdpa"]
     if platform == "gpu" and options.mean_document:
         attentions.insert(0, "flex_attention")  # skips other documents; has no backward pass on a CPU
-    peers: dict[str, TransformersStep] = {}
+    peers: list[TransformersStep] = []
     for attention in attentions:
-        for compiled in (False, True) if options.compile else (False,):
-            for checkpointing in (True, False):
-                name = f"transformers_{attention}" + "_compiled" * compiled + "_checkpointing" * checkpointing
-                peers[name] = TransformersStep(attention, checkpointing, compiled)
+        plain = [TransformersStep(attention, checkpointing=True), TransformersStep(attention)]
+        peers += plain
+        if platform == "gpu" and importlib.util.find_spec("liger_kernel"):
+            peers += [dataclasses.replace(how, liger=True) for how in plain]
+        if options.compile:
+            peers += [dataclasses.replace(how, compiled=True) for how in plain]
+    if options.dtype != "float32":
+        peers.append(TransformersStep(attentions[0], checkpointing=True, autocast=True))
     return peers
 
 

@@ -1,5 +1,6 @@
 """python -m dqjax.bench train runs on a CPU: who is compared has the same loss, and the figures follow from the seconds."""
 
+import argparse
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from dqjax.bench import __main__ as bench
 from dqjax.bench import train
+from dqjax.bench.peers import TransformersStep
 from dqjax.bench.rows import packed_rows
 from dqjax.commands import run_command
 
@@ -44,14 +46,17 @@ def test_packed_rows_match_transformers_in_loss_norm_and_update(tmp_path, capsys
     assert results["work"]["flops"] == 6 * matrices * 256 + 3.5 * 4 * (4 * 32) * pairs
 
 
-def test_bfloat16_is_held_against_float32_and_not_timed_on_request(capsys):
+def test_bfloat16_is_held_against_float32_and_a_peer_that_fails_is_a_result(monkeypatch, capsys):
+    monkeypatch.setattr(train, "_peers", lambda *_: [TransformersStep("no_such_attention")])
     assert bench.main(["train", *SHAPE[:-1], "bfloat16", "--mean-document", "0", "--check-only", "--remat", "none"]) == 0
     results = json.loads(capsys.readouterr().out)
-    check, found = results["check"], results["candidates"]["dqjax_none"]
-    assert "seconds" not in found
+    check, found = results["check"], results["candidates"]
+    assert "seconds" not in found["dqjax_none"]
     assert 0 < abs(check["dqjax"]["loss"] - check["exact"]["loss"]) < 2e-3 * check["exact"]["loss"]
     worst = check["worst_parameter"]
     assert 0 < worst["dqjax"] < 2 * worst["reference"] + 2**-5
+    error = found["transformers_no_such_attention"]["error"]
+    assert "no_such_attention" in error or "torch" in error  # or torch is not installed
 
 
 def test_what_is_off_is_refused():
@@ -69,12 +74,17 @@ def test_what_is_off_is_refused():
         train._refuse(check, "bfloat16")
 
 
-def test_a_peer_that_fails_is_a_result(monkeypatch, capsys):
-    monkeypatch.setattr(train, "_peers", lambda *_: {"transformers_missing": train.TransformersStep("no_such_attention")})
-    assert bench.main(["train", *SHAPE, "--check-only"]) == 0
-    found = json.loads(capsys.readouterr().out)["candidates"]
-    assert "no_such_attention" in found["transformers_missing"]["error"] or "torch" in found["transformers_missing"]["error"]
-    assert "error" not in found["dqjax_full"]
+def test_every_way_of_transformers_has_its_name():
+    options = argparse.Namespace(mean_document=64, compile=True, dtype="bfloat16")
+    assert [how.name for how in train._peers(options, "cpu")] == [
+        "transformers_sdpa_checkpointing",
+        "transformers_sdpa",
+        "transformers_sdpa_checkpointing_compiled",
+        "transformers_sdpa_compiled",
+        "transformers_sdpa_checkpointing_autocast",
+    ]
+    assert "transformers_flex_attention" in [how.name for how in train._peers(options, "gpu")]
+    assert train._peers(options, "tpu") == []
 
 
 def test_rows_are_full_and_targets_stay_in_their_document():
