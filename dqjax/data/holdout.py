@@ -36,6 +36,7 @@ class Config(Section):
 
 def run(config: Config, job: Job) -> None:
     """Raises ConfigError where one side would be empty."""
+    job.refuse_shard("split")
     keys = np.fromiter((question_key(record_of(row)) for group in job.groups() for row in group), np.int64)
     job.counts.clear()
     questions = np.unique(keys)

@@ -45,13 +45,21 @@ def merge(output: str | pathlib.Path) -> dict[str, int]:
     reports = [json.loads(_beside(part, "counts.json").read_text()) for part in parts]
     if any(report["settings"] != reports[0]["settings"] for report in reports):
         raise ConfigError(f"the shards of {output} were made with different settings; make them again")
-    totals = {key: dict(sum((Counter(report[key]) for report in reports), Counter())) for key in ("counts", "usage")}
+    totals = {key: _sum([report[key] for report in reports]) for key in ("counts", "usage")}
     merged = {output.name: _join(parts, output)}
     rejected = _beside(output, "rejected.jsonl")
     merged[rejected.name] = _join([_beside(part, "rejected.jsonl") for part in parts], rejected)
     said = {**reports[0], "stamp": "", **totals}
     _beside(output, "counts.json").write_text(json.dumps(said, indent=1) + "\n")
     return merged
+
+
+def _sum(reports: list[dict[str, float]]) -> dict[str, float]:
+    """Counts added up; a zero stays, since it says that something was looked for."""
+    total: Counter[str] = Counter()
+    for report in reports:
+        total.update(report)
+    return dict(total)
 
 
 def _join(parts: list[pathlib.Path], output: pathlib.Path) -> int:

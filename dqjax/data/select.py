@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import pydantic
 
-from dqjax.config import ConfigError, Section
+from dqjax.config import Section
 from dqjax.data.chain_rows import DIFFICULTY, VERBOSITY, Row, has_chain, label_of, thought_of
 from dqjax.data.stage import Job, Out, rejection
 from dqjax.rewards.verbosity import StyleConfig
@@ -100,8 +100,7 @@ def run(config: Config, job: Job) -> None:
     if config.mixture is None:
         job.map(lambda group: choose(group, config))
         return
-    if job.shard is not None:
-        raise ConfigError("the mixture looks at all rows: select with it without --shard, after a merge")
+    job.refuse_shard("select with a mixture")
     job.map(choose_mixture(config, job))
 
 

@@ -185,6 +185,11 @@ class Job:
         with self._writing(), _rare_collections(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(main())
 
+    def refuse_shard(self, what: str) -> None:
+        """For stages that look at all rows; raises ConfigError where this job is a part."""
+        if self.shard is not None:
+            raise ConfigError(f"{what} looks at all rows: run it without --shard, after a merge")
+
     def teacher(self, name: str) -> Teacher:
         """A teacher that is at work."""
         return self.staff.teacher(name)

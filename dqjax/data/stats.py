@@ -28,6 +28,7 @@ class Config(Section):
 
 def run(config: Config, job: Job) -> None:
     """Reads the counts of all steps in the folder, and the chains of the step's input."""
+    job.refuse_shard("stats")
     folder = job.output.parent
     figures = {"steps": step_reports(folder), "chains": chain_figures(row for group in job.groups() for row in group)}
     job.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")

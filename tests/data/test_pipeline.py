@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dqjax.data.__main__ import OwnModels, main
 from dqjax.data.chain_rows import DIFFICULTY, VERBOSITY
 from dqjax.data.chains import write_chain
 from dqjax.data.config import SourceConfig
+from dqjax.data.pipeline import STAGES, read_pipeline
 from dqjax.data.records import Message, normalise_question
 from dqjax.data.sources import read_records
 from dqjax.data.teacher import TeacherConfig
@@ -132,6 +134,37 @@ def test_the_example_from_problems_to_a_file_that_trains(workspace):
     assert train(["--config", str(ROOT / "configs/debug/sft.yaml"), *run_to]) == 0
 
 
+def test_every_mapping_stage_merges_to_the_whole(workspace, tmp_path, capsys):
+    """Each step of the example in two parts, over what the step before has merged; the others refuse to be cut."""
+    with ChatServer(solver) as server:
+        config = example(workspace, server.url)
+        folders = {name: tmp_path / name for name in ("whole", "parts")}
+        for name, folder in folders.items():
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config | {"out": str(folder)}))
+        whole, parts = folders.values()
+        assert main(["pipeline", "--config", str(tmp_path / "whole.yaml")]) == 0
+        shutil.copytree(whole / "collect", parts / "collect")
+        cut = []
+        for step in config["steps"][1:]:
+            name = step.get("name", step["stage"])
+            command = [step["stage"], "--config", str(tmp_path / "parts.yaml"), "--step", name]
+            if step["stage"] in ("split", "stats"):
+                assert main([*command, "--shard", "0/2"]) == 2
+                assert "looks at all rows: run it without --shard" in capsys.readouterr().err
+                assert main(command) == 0
+                continue
+            for i in (1, 0):
+                assert main([*command, "--shard", f"{i}/2"]) == 0
+            assert main(["merge", str(parts / f"{name}.jsonl")]) == 0
+            cut.append(step["stage"])
+            assert timeless(parts / f"{name}.jsonl") == timeless(whole / f"{name}.jsonl") != [], name
+            assert timeless(parts / f"{name}.rejected.jsonl") == timeless(whole / f"{name}.rejected.jsonl"), name
+            assert counts(parts, name) == counts(whole, name), name
+    assert set(cut) == set(STAGES) - {"collect", "split", "stats"}
+    for name in ("split", "split.validation", "split.messages"):
+        assert timeless(parts / f"{name}.jsonl") == timeless(whole / f"{name}.jsonl")
+
+
 @contextlib.contextmanager
 def served(generator):
     """The miniature model behind an OpenAI-compatible HTTP server, one request at a time."""
@@ -207,8 +240,6 @@ def test_our_model_in_process(workspace, tmp_path, monkeypatch):
 
 
 def test_the_shipped_files_are_valid():
-    from dqjax.data.pipeline import STAGES, read_pipeline
-
     config, steps = read_pipeline(str(EXAMPLE))
     assert {step.stage for step in steps} == set(STAGES) and isinstance(config.teachers[0], TeacherConfig)
     _, steps = read_pipeline(str(EXAMPLE.with_name("four_series.yaml")))
