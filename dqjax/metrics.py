@@ -54,7 +54,7 @@ class Reporting(Protocol):
 
 
 class Work(NamedTuple):
-    """What a step does, counted on the host."""
+    """What a step does, on all devices."""
 
     tokens: int  # real tokens, padding left out
     trained: int  # tokens in the loss
@@ -62,18 +62,24 @@ class Work(NamedTuple):
 
 
 def work_of(batch: Batch, matmul_parameters: int, attention_width: int) -> Work:
-    """Model FLOPs of a training step: 6 × matmul parameters × tokens, plus attention at its causal, in-document count.
+    """The work of a training step on a batch that is whole on this host; see `model_flops`."""
+    real = batch.segment_ids > 0
+    tokens = int(real.sum())
+    pairs = float((batch.positions.astype(np.float64) + 1)[real].sum())
+    flops = model_flops(tokens, pairs, matmul_parameters, attention_width)
+    return Work(tokens, int((batch.token_weight > 0).sum()), flops)
+
+
+def model_flops(tokens: float, pairs: float, matmul_parameters: int, attention_width: int) -> float:
+    """Of a training step: 6 × matmul parameters × tokens, plus attention at its causal, in-document count.
 
     A query at position p meets p + 1 keys; forward 4·N·H FLOPs a pair and layer, backward 2.5 times that.
 
     Args:
+      pairs: (query, key) pairs, Σ p + 1 over tokens.
       attention_width: L·N·H.
     """
-    real = batch.segment_ids > 0
-    tokens = int(real.sum())
-    pairs = float((batch.positions.astype(np.float64) + 1)[real].sum())
-    flops = 6.0 * matmul_parameters * tokens + 3.5 * 4 * attention_width * pairs
-    return Work(tokens, int((batch.token_weight > 0).sum()), flops)
+    return 6.0 * matmul_parameters * tokens + 3.5 * 4 * attention_width * pairs
 
 
 def scalars(metrics: Metrics, names: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
@@ -179,7 +185,7 @@ class Recorder:
         self._model = (matmul_parameters, attention_width)
         self._schedule, self._names = schedule, names
         self._source = source if isinstance(source, Reporting) else None
-        self._pending: tuple[int, Metrics, Work] | None = None
+        self._pending: tuple[int, Metrics] | None = None
         self._window: list[tuple[dict[str, Any], Work]] = []
         self._devices = jax.device_count()
         peak = peak_flops(jax.devices()[0])
@@ -190,7 +196,7 @@ class Recorder:
 
     def __call__(self, step: int, state: Any, metrics: Metrics, batch: Batch) -> None:
         own = self._source.metrics() if self._source else {}
-        previous, self._pending = self._pending, (step, {**metrics, **own}, work_of(batch, *self._model))
+        previous, self._pending = self._pending, (step, {**metrics, **own})
         if previous is not None:
             self._settle(*previous)
 
@@ -218,8 +224,10 @@ class Recorder:
         self.counters["device_hours"] += (now - self._clock) / 3600 * self._devices
         self._clock = now
 
-    def _settle(self, step: int, metrics: Metrics, work: Work) -> None:
+    def _settle(self, step: int, metrics: Metrics) -> None:
         metrics = jax.device_get(dict(metrics))
+        tokens, trained, pairs = map(float, metrics.pop("work").total)
+        work = Work(int(tokens), int(trained), model_flops(tokens, pairs, *self._model))
         now = time.perf_counter()
         self._count_hours(now)
         self.counters["tokens"] += work.tokens

@@ -93,6 +93,24 @@ def test_two_processes_sample_and_reward_as_one(workspace):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
 
 
+SLOW = [pytest.param(objective, marks=pytest.mark.slow) for objective in ("scorer", "preference")]
+
+
+@pytest.mark.parametrize("objective", ["reward", "distill", *SLOW])
+def test_two_processes_train_other_objectives_as_one(workspace, objective):
+    """Pairs, labels and teachers are split over hosts without a change of any number, tokens counted included."""
+    more = ("train.steps=3", "train.eval_every=3", "checkpoint.every=3", "data.validation=0.1", "train.batch_rows=8")
+    logged = []
+    for name, processes in ((f"{objective}-one", 1), (f"{objective}-two", 2)):
+        assert finish(start(workspace, name, processes, *more, config=objective)) == [0] * processes
+        logged.append([json.loads(line) for line in (workspace / name / "metrics.jsonl").read_text().splitlines()])
+    for a, b in zip(*logged, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"tokens_per_second", "seconds_per_step", "device_hours"}:
+            if not isinstance(a[name], str):
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
+
+
 def test_sigterm_stops_all_processes_at_one_step(workspace):
     more = ("train.steps=3000", "checkpoint.every=3000", "train.eval_every=3000")
     both = start(workspace, "term", 2, *more)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from dqjax.steps.accumulate import accumulated_gradients
 from dqjax.steps.state import State
@@ -39,9 +40,16 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, *, accumulate
             key=state.key,
         )
         scalars = {"objective": Mean(value, 1.0), "gradient_norm": Max(norm), "skipped": Mean(1.0 - finite, 1.0)}
-        return state, {**metrics, **scalars}
+        return state, {**metrics, **scalars, "work": Mean(_work(batch), 1.0)}
 
     return step
+
+
+def _work(batch: Batch) -> Float[Array, "3"]:
+    """Real tokens, tokens in the loss, and (query, key) pairs of the global batch, which no host sees whole."""
+    real = batch.segment_ids > 0
+    counts = real, batch.token_weight > 0, jnp.where(real, batch.positions + 1, 0)
+    return jnp.stack([jnp.sum(x.astype(jnp.float32)) for x in counts])
 
 
 def compile_step(step: Step, shardings: State) -> Step:
