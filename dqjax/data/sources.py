@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from dqjax.config import ConfigError
 from dqjax.data.chains import write_chain
 from dqjax.data.config import FILE_SUFFIXES, ColumnsConfig, SourceConfig
 from dqjax.data.records import BadRow, Record, parse_row
+
+_ARRAY = re.compile(rb"\s*\[\s*(?:[{\]]|$)")  # one array of objects in place of lines, whatever the suffix
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def fingerprint(source: SourceConfig) -> str:
 
 def _json_rows(file: pathlib.Path) -> Iterator[RawRow]:
     with file.open("rb") as stream:
-        if file.suffix == ".json" and stream.read(64).lstrip()[:1] == b"[":
+        if _ARRAY.match(stream.read(64)):
             stream.seek(0)
             try:
                 rows = json.load(stream)

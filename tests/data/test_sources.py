@@ -32,6 +32,8 @@ def test_jsonl_json_parquet_folder_glob_and_hub_agree(write_rows, tmp_path):
     write_rows(ROWS[:2], "both/a.jsonl")
     write_rows(ROWS[2:], "both/b.jsonl")
     assert contents(path=str(tmp_path / "json" / "rows.json")) == jsonl
+    (tmp_path / "array.jsonl").write_text(json.dumps(ROWS, indent=2))  # as some publish it, whatever the suffix says
+    assert contents(path=str(tmp_path / "array.jsonl")) == jsonl
     assert contents(path=str(tmp_path / "parquet" / "rows.parquet")) == jsonl
     assert contents(path=str(tmp_path / "both")) == jsonl
     assert contents(path=str(tmp_path / "both" / "*.jsonl")) == jsonl
