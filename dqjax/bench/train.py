@@ -187,7 +187,7 @@ def _agree(found: dict[str, Any], exact: dict[str, float], dtype: str) -> None:
         want, allowed = exact[what], tolerance[dtype]
         off = abs(got / want - 1)
         if not off <= allowed:
-            raise FloatingPointError(f"{what} {got:.6g}, float32 has {want:.6g}: off by {off:.2g}, allowed {allowed:.2g}")
+            raise FloatingPointError(f"{what} {got:.6g}, float32: {want:.6g}; off by {off:.2g}, allowed {allowed:.2g}")
 
 
 def _rates(found: dict[str, Any], results: dict[str, Any]) -> dict[str, float]:

@@ -62,7 +62,7 @@ def test_bfloat16_is_held_against_float32_and_a_peer_that_fails_is_a_result(monk
 
 def test_what_is_off_is_refused():
     exact = {"loss": 6.0, "gradient_norm": 2.0}
-    with pytest.raises(FloatingPointError, match="loss 6.01, float32 has 6: off by 0.0017, allowed 0.0001"):
+    with pytest.raises(FloatingPointError, match="loss 6.01, float32: 6; off by 0.0017, allowed 0.0001"):
         train._agree({"losses": [6.01], "gradient_norms": [2.0]}, exact, "float32")
     with pytest.raises(FloatingPointError, match="gradient_norm 2.1"):
         train._agree({"losses": [6.0], "gradient_norms": [2.1]}, exact, "bfloat16")
