@@ -76,26 +76,32 @@ def _cached(q, keys, values, context: Context, rules: Rules, backend: str | None
     """Attention of the T new tokens to everything cached, themselves included."""
     slots = keys.shape[1]
 
-    def prefill(q, k, v, segment_ids, positions, lengths):
-        used = jnp.arange(slots) < lengths[:, None]
+    def prefill(q, k, v, context):
         return attention_kernel.attention(
-            q,
-            k,
-            v,
-            q_segment_ids=(segment_ids > 0).astype(jnp.int32),
-            kv_segment_ids=used.astype(jnp.int32),
-            q_positions=positions,
-            causal=True,
-            backend=backend,
+            q, k, v, **_cached_tokens(context, slots), causal=True, backend=backend, plan=context.plan
         )
 
-    def decode(q, k, v, segment_ids, positions, lengths):
+    def decode(q, k, v, context):
         device = rules.mesh.devices.flat[0]  # need not be one of this process
         backend = decode_kernel.default_backend(device, k.dtype, k.shape[-1], slots)
-        return decode_kernel.decode_attention(q[:, 0], k, v, lengths, backend=backend)[:, None]
+        return decode_kernel.decode_attention(q[:, 0], k, v, context.lengths, backend=backend)[:, None]
 
     local = decode if q.shape[1] == 1 else prefill
-    return _per_shard(local, rules, q, keys, values, (context.segment_ids, context.positions, context.lengths))
+    return _per_shard(local, rules, q, keys, values, (context,))
+
+
+def cached_plan(context: Context, slots: int, backend: str) -> Any:
+    """The plan of new tokens that attend to a cache of so many slots, for `Context.plan`."""
+    return attention_kernel.make_plan(**_cached_tokens(context, slots), causal=True, backend=backend)
+
+
+def _cached_tokens(context: Context, slots: int) -> dict[str, Array]:
+    """The new tokens, and the slots in use, as attention's segments and positions."""
+    return {
+        "q_segment_ids": (context.segment_ids > 0).astype(jnp.int32),
+        "kv_segment_ids": (jnp.arange(slots) < context.lengths[:, None]).astype(jnp.int32),
+        "q_positions": context.positions,
+    }
 
 
 def _per_shard(local: Any, rules: Rules, q: Array, k: Array, v: Array, per_row: tuple) -> Array:

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dqjax.kernels.attention import api as attention_kernel
-from dqjax.models.attention import Attention, Context
+from dqjax.models.attention import Attention, Context, cached_plan
 from dqjax.models.cache import Cache
 from dqjax.models.config import ModelConfig
 from dqjax.models.layers import GatedMLP, RMSNorm, rope_tables
@@ -214,6 +214,8 @@ class Decoder:
         valid = (segment_ids > 0).astype(jnp.int32)
         lengths = jnp.maximum(cache.lengths, jnp.max((positions + 1) * valid, axis=1))
         context = self._context(positions, segment_ids, lengths=lengths)
+        if tokens.shape[1] > 1:
+            context = context._replace(plan=cached_plan(context, cache.keys[0].shape[1], self._backend))
         c, dtype = self.config, jnp.dtype(self.dtype)
         x = Embedding(c, self.rules, dtype).apply({"params": params["embed"]}, tokens)
         layer = Layer(c, self.rules, dtype, self._backend)

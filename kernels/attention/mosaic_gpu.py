@@ -37,6 +37,7 @@ BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
+@functools.partial(jax.jit, static_argnames="variant")  # layers share what is traced and lowered
 def forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

@@ -1,8 +1,8 @@
 """Decode attention on Hopper GPUs (sm90), in Pallas's Mosaic GPU dialect.
 
 The cache is read once, as fast as memory gives it, and the arithmetic hides behind. A block of threads owns a part of the
-keys of a sequence's key-value head. One warpgroup multiplies the head's group of queries, padded to the 64 rows of a
-tensor-core product; a second fetches keys and values ahead of it, up to the sequence's length and no further. Two such
+keys of a sequence's key-value head. One warpgroup multiplies the head's group of queries, in the first of the 64 rows of
+a tensor-core product; a second fetches keys and values ahead of it, up to the sequence's length and no further. Two such
 blocks share a multiprocessor, so that one fetches while the other begins or ends. The parts are put together by their lse.
 """
 
@@ -30,7 +30,7 @@ from dqjax.kernels.attention.mosaic_gpu import (
 from dqjax.kernels.varying import typed_shape, varying_axes
 
 ROWS = 64
-"""Of a product: the queries of a group, and zeros."""
+"""Of a product; those of the group are in use."""
 
 STEP, STAGES = 64, 2
 """Slots fetched at once, and how many such blocks are on their way or in use."""
@@ -55,6 +55,7 @@ def why_not_mosaic_gpu(dtype: jax.typing.DTypeLike, head_size: int, slots: int) 
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "window"))  # layers share what is traced and lowered
 def mosaic_gpu_decode_attention(
     q: Float[Array, "B N H"],
     k_cache: Float[Array, "B S K H"],
@@ -76,7 +77,7 @@ def mosaic_gpu_decode_attention(
     kept = -(-group // LINES) * LINES
     part = next((part for part in PARTS if B * K * -(-S // part) >= 4 * SMS), PARTS[-1])
     parts = -(-S // part)
-    queries = jnp.pad(q.reshape(B, K, group, H), ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
+    queries = jnp.pad(q.reshape(B, K, group, H), ((0, 0), (0, 0), (0, kept - group), (0, 0)))
     upper = lengths.astype(jnp.int32)
     lower = jnp.zeros_like(upper) if window is None else jnp.maximum(upper - window, 0)
     axes = varying_axes((q, k_cache, v_cache, lengths))
@@ -127,7 +128,8 @@ def _kernel(
 
     @pl.when(warpgroup == 0)
     def compute():
-        plgpu.copy_gmem_to_smem(q_ref.at[sequence, head], q_smem, q_here)
+        # The rows behind the group hold what was there: nothing of theirs reaches another row, or memory.
+        plgpu.copy_gmem_to_smem(q_ref.at[sequence, head], q_smem.at[pl.ds(0, kept)], q_here)
         peak = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), BY_ROW)
         total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
         acc = plgpu.layout_cast(jnp.zeros(q_smem.shape, jnp.float32), WGMMA)
