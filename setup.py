@@ -45,6 +45,9 @@ EXTRAS = {
         'torch==2.13.0; python_version < "3.12"',
         'trl==1.16.0; python_version < "3.12"',
         'peft==0.21.2; python_version < "3.12"',
+        # `transformers serve`, the server that the data factory is tested against.
+        'fastapi; python_version < "3.12"',
+        'uvicorn; python_version < "3.12"',
     ],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],

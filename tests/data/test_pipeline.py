@@ -17,6 +17,7 @@ import urllib.request
 import pytest
 import yaml
 
+from dqjax.convert.__main__ import main as convert
 from dqjax.data.__main__ import OwnModels, main
 from dqjax.data.chain_rows import DIFFICULTY, VERBOSITY
 from dqjax.data.chains import write_chain
@@ -39,6 +40,7 @@ from tests.data.factory import (
     write_jsonl,
     write_pipeline,
 )
+from tests.test_train import run as run_training
 from tests.workspace import make_workspace
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -256,56 +258,65 @@ def test_the_shipped_example_as_it_is(tmp_path):
     assert len(read_jsonl(tmp_path / "split.jsonl")) > 50
 
 
-@pytest.mark.slow
-def test_all_stages_against_transformers_serve(workspace, tmp_path):
-    """A real OpenAI-compatible server over our export; needs `pip install 'transformers[serving]'`."""
-    for package in ("uvicorn", "fastapi", "rich"):
+@contextlib.contextmanager
+def transformers_serve(model, folder):
+    """The URL of `transformers serve`, a real OpenAI-compatible server, which calls the model by its folder."""
+    for package in ("torch", "uvicorn", "fastapi", "rich"):  # the extra `test` has them
         pytest.importorskip(package)
-    from dqjax.convert.__main__ import main as convert
-
-    trained = ROOT / "runs/chain_sum/columns"  # launch/quickstart.sh's, where it is there: its chains are right
-    source = trained if (trained / "checkpoints").exists() else workspace / "runs/chain_sum/student"
-    model = str(tmp_path / "export")
-    assert convert(["to-hf", str(source), model, "--dtype", "float32"]) == 0
-    (tmp_path / "hub").mkdir()
+    (folder / "hub").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        str(pathlib.Path(sys.executable).with_name("transformers")),
-        "serve",
-        model,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
-    with subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], env=environment) as server:
+    program = str(pathlib.Path(sys.executable).with_name("transformers"))
+    command = [program, "serve", model, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
+    with subprocess.Popen(command, env=environment) as server:
         try:
-            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
-            while not _is_up(f"{url}/health"):
+            deadline = time.monotonic() + 240
+            while not _is_up(f"http://127.0.0.1:{port}/health"):
                 assert server.poll() is None and time.monotonic() < deadline, "transformers serve did not start"
-                time.sleep(1)
-            config = yaml.safe_load(
-                EXAMPLE.read_text().replace("runs/chain_sum/data", f"{workspace}/runs/chain_sum/data")
-            )
-            config["out"] = str(tmp_path / "out")
-            config["teachers"] = [teacher(endpoint(f"{url}/v1", model=model, concurrency=8), name="tiny")]
-            config["steps"][0]["sources"][0]["size"] = 8
-            if source != trained:
-                config["steps"] = [
-                    s for s in config["steps"] if s["stage"] != "split"
-                ]  # nothing is right: nothing to split
-            path = tmp_path / "example.yaml"
-            path.write_text(yaml.safe_dump(config).replace("validation: 8", "validation: 2"))
-            assert main(["pipeline", "--config", str(path)]) == 0
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/v1"
         finally:
             server.terminate()
+
+
+def run_example(workspace, folder, url, model, problems, *overrides):
+    """The shipped example with a served teacher."""
+    config = yaml.safe_load(EXAMPLE.read_text().replace("runs/chain_sum/data", f"{workspace}/runs/chain_sum/data"))
+    config["teachers"] = [teacher(endpoint(url, model=model, concurrency=8), name="tiny", attempts=2)]
+    config["steps"][0]["sources"][0]["size"] = problems
+    (folder / "example.yaml").write_text(yaml.safe_dump(config))
+    return main(["pipeline", "--config", str(folder / "example.yaml"), f"out={folder}/out", *overrides])
+
+
+def test_the_stages_against_transformers_serve(workspace, tmp_path, capsys):
+    """A student of a few steps: every call is answered, nothing that it says is right, and so nothing is left to split."""
+    model = str(tmp_path / "export")
+    assert run_training(workspace, "hardly", "train.steps=30", "data.validation=null") == 0
+    assert convert(["to-hf", str(workspace / "hardly"), model, "--dtype", "float32"]) == 0
+    with transformers_serve(model, tmp_path) as url:
+        few = ["generate.sampling.max_tokens=24", "generate.chains=2"]
+        assert run_example(workspace, tmp_path, url, model, 2, *few) == 2
+    assert "split: 0 problems" in capsys.readouterr().err
+    said = json.loads((tmp_path / "out/generate.counts.json").read_text())
+    assert said["usage"]["tiny calls"] == said["counts"]["rejected"] + said["counts"].get("out", 0) == 4
+    assert all((tmp_path / f"out/{name}.counts.json").exists() for name in ("verify", "refine", "annotate", "select"))
+
+
+@pytest.mark.slow
+def test_all_stages_against_transformers_serve(workspace, tmp_path):
+    """The student that launch/quickstart.sh trains, behind a real server; its chains are right."""
+    trained = ROOT / "runs/chain_sum/columns"
+    if not (trained / "checkpoints").exists():
+        pytest.skip("run launch/quickstart.sh first")
+    model = str(tmp_path / "export")
+    assert convert(["to-hf", str(trained), model, "--dtype", "float32"]) == 0
+    with transformers_serve(model, tmp_path) as url:
+        assert run_example(workspace, tmp_path, url, model, 8, "split.validation=2") == 0
     said = counts(tmp_path / "out", "generate")
     assert said["in"] == 8 and said.get("out", 0) + said.get("rejected", 0) == 32 and "failed" not in said
-    if source == trained:
-        assert len(read_jsonl(tmp_path / "out/split.jsonl")) > 4
+    assert len(read_jsonl(tmp_path / "out/split.jsonl")) > 4
 
 
 def _is_up(url):
