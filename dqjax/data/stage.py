@@ -203,8 +203,10 @@ class Job:
     async def _map_ordered(self, transform: Callable[[list[Row]], Awaitable[Iterable[Out]]], width: int) -> None:
         pending: collections.deque[asyncio.Task] = collections.deque()
         try:
-            for group in self._bar(self.groups()):
+            for i, group in enumerate(self._bar(self.groups())):
                 pending.append(asyncio.create_task(transform(group)))
+                if i % 16 == 0:
+                    await asyncio.sleep(0)  # hundreds of rows at once would keep answers waiting
                 while pending and (len(pending) >= width or pending[0].done()):
                     self._emit(await pending[0])
                     pending.popleft()
