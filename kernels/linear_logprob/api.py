@@ -10,17 +10,22 @@ On a mesh, call these inside `shard_map`, each device on its own rows:
 e.g. `shard_map(f, in_specs=(P(("data", "fsdp")), P("tensor"), P(("data", "fsdp"))), …)` with `axis_name="tensor"`.
 Under the default `check_vma=True` gradients may be taken inside or outside; with `check_vma=False` outside only. Under
 plain `jit` with a split batch results are the same, and no chunk gathers the batch; but the table's gradient is summed
-over the devices once a chunk instead of once, and a table split by vocabulary is gathered.
+over the devices once a chunk instead of once, and a table split by vocabulary is gathered. "mosaic_gpu" there gathers
+whatever is split.
 """
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dqjax.kernels.attention.mosaic_gpu import is_hopper
+from dqjax.kernels.linear_logprob import mosaic_gpu_logprob, mosaic_gpu_loss, over_rows, over_vocabulary
 from dqjax.kernels.linear_logprob.head import Head
+from dqjax.kernels.linear_logprob.mosaic_gpu import why_not_mosaic_gpu
 from dqjax.kernels.linear_logprob.objectives import CrossEntropy, Divergence
 from dqjax.kernels.linear_logprob.over_rows import weighted_rows
 from dqjax.kernels.linear_logprob.over_vocabulary import vocabulary_logprob
@@ -30,10 +35,13 @@ from dqjax.kernels.linear_logprob.reference import (
     reference_logprob,
 )
 from dqjax.kernels.linear_logprob.teacher import TeacherHead, TopK
+from dqjax.kernels.varying import varying_axes
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "xla")
+LOGPROB = {"mosaic_gpu": mosaic_gpu_logprob.MOSAIC_GPU, "xla": over_vocabulary.XLA}
+CROSS_ENTROPY = {"mosaic_gpu": mosaic_gpu_loss.MOSAIC_GPU, "xla": over_rows.XLA}
+BACKENDS = ("reference", "mosaic_gpu", "xla")
 
 __all__ = ["BACKENDS", "TeacherHead", "TopK", "linear_cross_entropy", "linear_kl", "linear_logprob"]
 
@@ -61,7 +69,9 @@ def linear_logprob(
       vocab: number of real tokens; the table's rows from there on are masked out. None: all are real.
       temperature: a positive Python number.
       axis_name: mesh axis over which the rows of w are split, inside `shard_map`; labels are global ids.
-      backend: "reference" (full logits), "xla" (chunks); None takes the best for the device.
+      backend: "reference" (full logits), "xla" (chunks), "mosaic_gpu" (Pallas, Hopper: the logits never leave the
+        registers, and what is multiplied with their gradient stays with cuBLAS). None takes "mosaic_gpu" where the
+        default device and the call allow, else "xla". A program compiled for another device must name its backend.
 
     Raises:
       ValueError: shapes or options that do not fit.
@@ -69,9 +79,10 @@ def linear_logprob(
     """
     _check(x, w, labels, "labels", vocab, temperature, axis_name)
     head = Head(vocab, temperature, axis_name)
-    if _choose(backend, axis_name) == "reference":
+    backend = _choose(backend, axis_name, why_not_mosaic_gpu(w, bool(varying_axes((x, w, labels)))))
+    if backend == "reference":
         return reference_logprob(x, w, labels, head)
-    return vocabulary_logprob(x, w, labels, head)
+    return vocabulary_logprob(x, w, labels, head, LOGPROB[backend])
 
 
 def linear_cross_entropy(
@@ -104,9 +115,10 @@ def linear_cross_entropy(
     _check(x, w, weight, "weight", vocab, temperature, axis_name)
     head = Head(vocab, temperature, axis_name)
     weight = jnp.where(labels >= 0, jax.lax.stop_gradient(weight), 0)
-    if _choose(backend, axis_name) == "reference":
+    backend = _choose(backend, axis_name, why_not_mosaic_gpu(w, bool(varying_axes((x, w, labels)))))
+    if backend == "reference":
         return reference_cross_entropy(x, w, labels, weight, z_loss, head)
-    return weighted_rows(CrossEntropy(z_loss), head, x, w, weight, labels, None)
+    return weighted_rows(CrossEntropy(z_loss), head, x, w, weight, labels, None, CROSS_ENTROPY[backend])
 
 
 def linear_kl(
@@ -134,7 +146,8 @@ def linear_kl(
     Gradients in x_student and w_student are formed in the forward pass; teacher and weight are constants.
 
     Args:
-      x_student, w_student, temperature, axis_name, backend: see `linear_logprob`; the temperature is for both sides.
+      x_student, w_student, temperature, axis_name, backend: see `linear_logprob`; the temperature is for both sides,
+        and "mosaic_gpu" cannot do this.
       teacher: `TeacherHead` or `TopK`. A teacher's table is split over `axis_name` like the student's.
       weight: a row of weight 0 has divergence 0 and exactly no gradient, whatever it holds.
       beta: 0 … 1.
@@ -165,11 +178,11 @@ def linear_kl(
                 "tokens, and where the tables are split, pad them to one width"
             )
     head = Head(vocab, temperature, axis_name)
-    if _choose(backend, axis_name) == "reference":
+    if _choose(backend, axis_name, "divergences") == "reference":
         teacher, weight = jax.lax.stop_gradient((teacher, weight))
         return reference_divergence(x_student, w_student, teacher, weight, beta, tail, head)
     rows, table = (teacher, None) if isinstance(teacher, TopK) else teacher
-    return weighted_rows(Divergence(beta, tail), head, x_student, w_student, weight, rows, table)
+    return weighted_rows(Divergence(beta, tail), head, x_student, w_student, weight, rows, table, over_rows.XLA)
 
 
 def _check(x, w, per_row, name, vocab, temperature, axis_name):
@@ -184,17 +197,24 @@ def _check(x, w, per_row, name, vocab, temperature, axis_name):
         raise ValueError(f"linear_logprob: temperature must be positive, got {temperature}")
 
 
-def _choose(backend: str | None, axis_name: str | None) -> str:
-    backend = _default_backend(jax.default_backend()) if backend is None else backend
+def _choose(backend: str | None, axis_name: str | None, refusal: str | None) -> str:
+    """The backend of a call; `refusal` is why "mosaic_gpu" cannot do it, or None."""
+    backend = default_backend(jax.devices()[0], refusal) if backend is None else backend
     if backend not in BACKENDS:
         raise ValueError(f"linear_logprob: unknown backend {backend!r}; there are {BACKENDS}")
     if backend == "reference" and axis_name is not None:
         raise NotImplementedError("linear_logprob: the reference needs the whole vocabulary on one device; use 'xla'")
+    if backend == "mosaic_gpu" and refusal is not None:
+        raise NotImplementedError(f"linear_logprob: backend 'mosaic_gpu' cannot do {refusal}; use 'xla'")
     return backend
 
 
+def default_backend(device: Any, refusal: str | None) -> str:
+    """The backend that None stands for on a device; logged once."""
+    return _log("mosaic_gpu" if is_hopper(device) and refusal is None else "xla", device.device_kind)
+
+
 @functools.cache
-def _default_backend(platform: str) -> str:
-    backend = "xla"
-    log.info("linear_logprob: backend %r on %s", backend, platform)
+def _log(backend: str, place: str) -> str:
+    log.info("linear_logprob: backend %r on %s", backend, place)
     return backend

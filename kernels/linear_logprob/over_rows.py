@@ -10,7 +10,8 @@ so that a batch split over the mesh stays where it is: every chunk takes some ro
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,24 @@ from dqjax.kernels.varying import vary, varying_axes
 
 TILE = 2**25
 """Logits held at once: 128 MiB in float32."""
+
+GPU_TILE = 3 * 2**26
+"""On a GPU, whose cache holds no tile of use: the most that keeps 16384 × 1024 × 151936 under 2 GB of temporaries."""
+
 LEAST_ROWS = 1024
 """Fewer rows would spend the time adding up the table's gradient instead of multiplying."""
+
+
+class Route(NamedTuple):
+    """A way to compute the weighted sum, on operands as those of `weighted_rows`.
+
+    Attributes:
+      value: (objective, head, x, w, weight, rows, table) -> sum, auxiliary numbers.
+      gradients: likewise -> (sum, auxiliary numbers), (the sum's gradients in x and w, in their dtypes).
+    """
+
+    value: Callable[..., Any]
+    gradients: Callable[..., Any]
 
 
 def weighted_rows(
@@ -34,6 +51,7 @@ def weighted_rows(
     weight: Float[Array, "M"],
     rows: Any,
     table: Float[Array, "U E"] | None,
+    route: Route,
 ) -> tuple[Float[Array, ""], Float[Array, "M"]]:
     """Σ weight · objective(rows of logits), and the objective's auxiliary number of each row (0 where weight is 0).
 
@@ -43,19 +61,35 @@ def weighted_rows(
       x, w: hidden states and table; these get gradients.
       weight: a row of weight 0 gets no gradient and gives none, whatever it holds.
       rows, table: what else the objective needs: arrays that lead with M, and the teacher's table. No gradient.
+      route: how it is computed.
     """
     keep = weight != 0
     x = jnp.where(keep[:, None], x, 0)
     weight, rows, table = lax.stop_gradient((weight, rows, table))
     rows = jax.tree.map(lambda r: jnp.where(keep.reshape(-1, *[1] * (r.ndim - 1)), r, jnp.zeros((), r.dtype)), rows)
-    total, aux = _weighted(objective, head, *vary((x, w), varying_axes((x, w, weight))), weight, rows, table)
+    total, aux = _weighted(route, objective, head, *vary((x, w), varying_axes((x, w, weight))), weight, rows, table)
     return total, jnp.where(keep, lax.stop_gradient(aux), 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _weighted(objective, head, x, w, weight, rows, table):
-    """The sum alone; `_forward` below also forms the gradients."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _weighted(route, objective, head, x, w, weight, rows, table):
+    return route.value(objective, head, x, w, weight, rows, table)
 
+
+def _forward(route, objective, head, *operands):
+    return route.gradients(objective, head, *operands)
+
+
+def _backward(route, objective, head, saved, cotangents):
+    dx, dw = saved
+    g = head.cotangent(cotangents[0], dw)
+    return (g * dx).astype(dx.dtype), (g * dw).astype(dw.dtype), None, None, None
+
+
+_weighted.defvjp(_forward, _backward)
+
+
+def _value(objective, head, x, w, weight, rows, table):
     def chunk(carry, x, weight, rows):
         graded, _ = _grade(objective, head, x, w, weight, rows, table)
         return carry + jnp.sum(weight * graded.value), graded.aux
@@ -63,7 +97,7 @@ def _weighted(objective, head, x, w, weight, rows, table):
     return _over_chunks(chunk, _no_loss(head, x), x, w, weight, rows, table)
 
 
-def _forward(objective, head, x, w, weight, rows, table):
+def _gradients(objective, head, x, w, weight, rows, table):
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def chunk(carry, x, weight, rows):
@@ -78,13 +112,7 @@ def _forward(objective, head, x, w, weight, rows, table):
     return (total, aux), (dx, dw.astype(w.dtype))
 
 
-def _backward(objective, head, saved, cotangents):
-    dx, dw = saved
-    g = head.cotangent(cotangents[0], dw)
-    return (g * dx).astype(dx.dtype), (g * dw).astype(dw.dtype), None, None, None
-
-
-_weighted.defvjp(_forward, _backward)
+XLA = Route(_value, _gradients)
 
 
 def _no_loss(head, x):
@@ -103,7 +131,8 @@ def _grade(objective, head, x, w, weight, rows, table):
 def _over_chunks(chunk, carry, x, w, weight, rows, table):
     """Runs `chunk` over the rows; returns the last carry and the stacked outputs as arrays that lead with M."""
     M, width = x.shape[0], len(w) + (0 if table is None else len(table))
-    chunks = -(-M // max(LEAST_ROWS, TILE // width))
+    tile = GPU_TILE if jax.default_backend() == "gpu" else TILE
+    chunks = -(-M // max(LEAST_ROWS, tile // width))
     if chunks == 1:
         return chunk(carry, x, weight, rows)
     per_chunk = -(-M // chunks)

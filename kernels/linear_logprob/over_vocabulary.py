@@ -14,6 +14,8 @@ chunks run along the vocabulary and leave M alone: a batch split over the mesh s
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,24 +27,50 @@ from dqjax.kernels.varying import vary, varying_axes
 
 TILE = 2**25
 """Logits held at once: 128 MiB in float32."""
+
+GPU_TILE = 2**28
+"""On a GPU: an H200 takes 42 ms for 16384 × 1024 × 151936 with it and 45 with `TILE`."""
+
 LEAST_COLUMNS = 1024
 KEEP = 2**22
 """Up to this many logits are saved for the backward pass: cheaper than computing them again."""
 
 
+class Route(NamedTuple):
+    """A way to compute the three results.
+
+    Attributes:
+      forward: (head, x, w, labels) -> (logprob, lse, entropy), what the backward pass needs.
+      backward: (head, what it needs, the three cotangents) -> the gradients in x and w, and None for the labels.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
 def vocabulary_logprob(
-    x: Float[Array, "M D"], w: Float[Array, "V D"], labels: Int[Array, "M"], head: Head
+    x: Float[Array, "M D"],
+    w: Float[Array, "V D"],
+    labels: Int[Array, "M"],
+    head: Head,
+    route: Route,
 ) -> tuple[Float[Array, "M"], Float[Array, "M"], Float[Array, "M"]]:
     """As `linear_logprob`, in O(M · (D + chunk)) memory beside x, w and their gradients."""
     keep = labels >= 0
     x = jnp.where(keep[:, None], x, 0)
-    results = _logprob(head, *vary((x, w), varying_axes((x, w, labels))), labels)
+    results = _logprob(route, head, *vary((x, w), varying_axes((x, w, labels))), labels)
     return tuple(jnp.where(keep, y, 0) for y in results)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logprob(head, x, w, labels):
-    return _forward(head, x, w, labels)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logprob(route, head, x, w, labels):
+    return route.forward(head, x, w, labels)[0]
+
+
+_logprob.defvjp(
+    lambda route, head, *operands: route.forward(head, *operands),
+    lambda route, head, saved, cotangents: route.backward(head, saved, cotangents),
+)
 
 
 def _forward(head, x, w, labels):
@@ -57,7 +85,7 @@ def _forward(head, x, w, labels):
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
         below = logits - new_peak[:, None]
         weights = jnp.exp(below)
-        s, t = _rescaled(s, t, peak - new_peak)
+        s, t = rescaled(s, t, peak - new_peak)
         hit = columns == labels[:, None]
         at_label += jnp.sum(jnp.where(hit, logits, 0), axis=-1)
         return new_peak, s + jnp.sum(weights, axis=-1), t + jnp.sum(weights * below, axis=-1), at_label
@@ -66,7 +94,7 @@ def _forward(head, x, w, labels):
     start = vary((jnp.full(M, MASKED, wide), zero, zero, zero), varying_axes(x))
     peak, s, t, at_label = _over_columns(M, V, chunk, start)
     common = head.max(peak)
-    s, t = (head.sum(y) for y in _rescaled(s, t, peak - common))
+    s, t = (head.sum(y) for y in rescaled(s, t, peak - common))
     lse, entropy = common + jnp.log(s), jnp.log(s) - t / s
     logprob = head.sum(at_label) - lse
     if head.vocab is not None:
@@ -96,10 +124,10 @@ def _backward(head, saved, cotangents):
     return dx.astype(x.dtype), dw, None
 
 
-_logprob.defvjp(_forward, _backward)
+XLA = Route(_forward, _backward)
 
 
-def _rescaled(s, t, shift):
+def rescaled(s, t, shift):
     """s and t after their peak moved up by -shift."""
     factor = jnp.exp(shift)
     # Before the first chunk s is 0 and the shift is -1e30: the product must be 0, as it is.
@@ -112,7 +140,8 @@ def _table_rows(w, start, size):
 
 def _over_columns(M, V, chunk, carry):
     """Runs `chunk(carry, start, size)` over the V columns: equal chunks in a loop, what is left over by itself."""
-    size = max(LEAST_COLUMNS, TILE // M // 128 * 128)
+    tile = GPU_TILE if jax.default_backend() == "gpu" else TILE
+    size = max(LEAST_COLUMNS, tile // M // 128 * 128)
     if size >= V:
         return chunk(carry, 0, V)
     carry = lax.fori_loop(0, V // size, lambda c, carry: chunk(carry, c * size, size), carry)

@@ -1,7 +1,9 @@
 """linear_logprob, linear_cross_entropy and linear_kl against float64 full logits, optax, torch and TRL."""
 
 import functools
+import itertools
 import logging
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,10 +15,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dqjax.kernels.linear_logprob import api, over_rows, over_vocabulary
+from dqjax.kernels.linear_logprob import (
+    api,
+    mosaic_gpu,
+    mosaic_gpu_logprob,
+    mosaic_gpu_loss,
+    over_rows,
+    over_vocabulary,
+)
 from dqjax.kernels.linear_logprob.api import TeacherHead, TopK, linear_cross_entropy, linear_kl, linear_logprob
+from dqjax.kernels.linear_logprob.head import MASKED
 
-BACKENDS = ["reference", "xla", "xla in chunks"]
+BACKENDS = ["reference", "xla", "xla in chunks", "mosaic_gpu emulated"]
 M, D, V, VOCAB = 70, 16, 200, 187
 
 
@@ -25,7 +35,12 @@ def backend(request, monkeypatch):
     """The backend's name; "in chunks" makes the tiles so small that every loop and its tail run."""
     if request.param == "xla in chunks":
         small_tiles(monkeypatch)
+    if request.param == "mosaic_gpu emulated":
+        emulate_mosaic_gpu(monkeypatch)
     return request.param.split()[0]
+
+
+of_divergences = pytest.mark.parametrize("backend", BACKENDS[:3], indirect=True)
 
 
 def small_tiles(monkeypatch):
@@ -34,6 +49,41 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(over_vocabulary, "TILE", 1)
     monkeypatch.setattr(over_vocabulary, "LEAST_COLUMNS", 64)
     monkeypatch.setattr(over_vocabulary, "KEEP", 0)
+
+
+def emulate_mosaic_gpu(monkeypatch):
+    """XLA in place of the three Hopper kernels, with small tiles: for what is built on them."""
+
+    def logits(x, w, limit, temperature):
+        z = jnp.einsum("MD,VD->MV", x, w, preferred_element_type=jnp.float32) / temperature
+        return jnp.where(jnp.arange(len(w)) < limit, z, MASKED)
+
+    def tiles(z):
+        return [z[:, c : c + mosaic_gpu.COLUMNS] for c in range(0, z.shape[1], mosaic_gpu.COLUMNS)]
+
+    def statistics(x, w, limit, temperature):
+        z = tiles(logits(x, w, limit, temperature))
+        peaks = jnp.stack([tile.max(axis=1) for tile in z])
+        below = [tile - peak[:, None] for tile, peak in zip(z, peaks)]
+        s = jnp.stack([jnp.exp(tile).sum(axis=1) for tile in below])
+        return peaks, s, jnp.stack([(jnp.exp(tile) * tile).sum(axis=1) for tile in below])
+
+    def exponentials(x, w, limit, anchor, temperature):
+        e = jnp.exp(logits(x, w, limit, temperature) - anchor[:, None])
+        return e.astype(x.dtype), jnp.stack([tile.sum(axis=1) for tile in tiles(e)])
+
+    def gradient(x, w, limit, lse, alpha, gamma, temperature):
+        logp = logits(x, w, limit, temperature) - lse[:, None]
+        return (jnp.exp(logp) * (alpha[:, None] - gamma[:, None] * logp)).astype(x.dtype)
+
+    small_tiles(monkeypatch)
+    monkeypatch.setattr(mosaic_gpu_loss, "TILE", 1)
+    monkeypatch.setattr(mosaic_gpu_logprob, "TILE", 1)
+    monkeypatch.setattr(mosaic_gpu, "TALL", 8)
+    monkeypatch.setattr(mosaic_gpu, "COLUMNS", 64)
+    monkeypatch.setattr(api, "why_not_mosaic_gpu", lambda w, varying: None)
+    for kernel in (statistics, exponentials, gradient):
+        monkeypatch.setattr(mosaic_gpu, kernel.__name__, kernel)
 
 
 def normal(rng, *shape, dtype="float32"):
@@ -212,6 +262,24 @@ def test_rows_without_weight_reach_nothing(backend):
     np.testing.assert_array_equal(of_logprob(x), of_logprob(jnp.where(off_label[:, None], jnp.inf, x)))
 
 
+def test_gradients_of_labels_without_any_probability(backend):
+    """Losses of hundreds of nats, beyond what one exponential can span."""
+    x, w, labels, weight = inputs(16)
+
+    def total(x, w):
+        return linear_cross_entropy(40 * x, w, labels, weight, z_loss=1e-3, backend=backend)[0]
+
+    def total64(x, w):
+        z = 40 * x @ w.T
+        loss = optax.softmax_cross_entropy_with_integer_labels(z, jnp.maximum(labels, 0))
+        return jnp.sum(jnp.where(labels >= 0, weight, 0) * (loss + 1e-3 * jax.nn.logsumexp(z, axis=1) ** 2))
+
+    assert float(jnp.max(-linear_logprob(40 * x, w, labels)[0])) > 2 * mosaic_gpu_loss.MARGIN
+    got, want = jax.grad(total, argnums=(0, 1))(x, w), jax.grad(total64, argnums=(0, 1))(x, w)
+    for ours, theirs in zip(got, want):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(theirs))))
+
+
 def test_no_weight_at_all(backend):
     x, w, labels, weight = inputs(6)
     loss, grads = jax.value_and_grad(
@@ -239,6 +307,7 @@ def divergence64(logp, logq, beta):
     return jnp.sum(beta * q * (logq - logm) + (1 - beta) * p * (logp - logm), axis=1)
 
 
+@of_divergences
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_divergence_from_a_head_of_another_width(backend, dtype, beta):
@@ -266,6 +335,7 @@ def top_k(seed, k=6):
     return TopK(ids.at[3, 4:].set(-1), logprobs)
 
 
+@of_divergences
 @pytest.mark.parametrize(
     "tail, beta",
     [("bucket", 0.0), ("bucket", 0.4), ("bucket", 1.0), ("renormalise", 0.0), ("renormalise", 0.4)],
@@ -294,6 +364,7 @@ def test_divergence_from_the_teachers_best_tokens(backend, tail, beta):
     check(total, total64, x, w, 2.0**-15)
 
 
+@of_divergences
 def test_all_tokens_in_the_list_is_the_whole_divergence(backend):
     """k = V leaves nothing in the bucket: the full-head divergence."""
     x, w, _, weight = inputs(10)
@@ -306,6 +377,7 @@ def test_all_tokens_in_the_list_is_the_whole_divergence(backend):
         np.testing.assert_allclose(listed, whole, rtol=1e-5)
 
 
+@of_divergences
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_divergence_is_trls(backend, beta):
     """GKDTrainer.generalized_jsd_loss: value and gradient, with its temperature and batchmean over valid tokens."""
@@ -357,13 +429,17 @@ def losses(axis_name):
     return {"logprob": logprob, "cross_entropy": cross_entropy, "kl": kl, "top_k": top}
 
 
-@pytest.mark.parametrize("chunks", [False, True])
+ON_A_MESH = [
+    *itertools.product(("xla", "xla in chunks"), ("logprob", "cross_entropy", "kl", "top_k")),
+    *itertools.product(("mosaic_gpu emulated",), ("logprob", "cross_entropy")),
+]
+
+
+@pytest.mark.parametrize("backend, name", ON_A_MESH, indirect=["backend"])
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", ["logprob", "cross_entropy", "kl", "top_k"])
-def test_vocabulary_split_over_a_mesh_axis(name, check_vma, chunks, monkeypatch):
+def test_vocabulary_split_over_a_mesh_axis(backend, name, check_vma, monkeypatch):
     """Rows over data, table over tensor: loss and gradients of one device, in both modes of shard_map."""
-    if chunks:
-        small_tiles(monkeypatch)
+    monkeypatch.setattr(api, "default_backend", lambda device, refusal: backend)
     x, w, labels, weight = (a[:64] if len(a) == M else a for a in inputs(12))
     rng = np.random.default_rng(12)
     teacher = jax.tree.map(lambda a: a[:64], top_k(12))
@@ -476,8 +552,23 @@ def test_bad_arguments_say_what_was_expected():
         linear_logprob(x, w, labels, axis_name="tensor", backend="reference")
 
 
+def test_what_the_hopper_kernels_refuse():
+    x, w, labels, weight = inputs(14)
+    with pytest.raises(NotImplementedError, match="cannot do .*use 'xla'"):
+        linear_logprob(x, w, labels, backend="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="cannot do divergences"):
+        linear_kl(x, w, TeacherHead(x, w), weight, backend="mosaic_gpu")
+
+
+def test_the_default_is_the_hopper_kernel_where_it_can():
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200")
+    ampere = types.SimpleNamespace(platform="gpu", compute_capability="8.0", device_kind="NVIDIA A100")
+    assert api.default_backend(hopper, None) == "mosaic_gpu"
+    assert api.default_backend(hopper, "float32") == api.default_backend(ampere, None) == "xla"
+
+
 def test_the_choice_of_backend_is_logged_once(caplog):
-    api._default_backend.cache_clear()
+    api._log.cache_clear()
     x, w, labels, _ = inputs(15)
     with caplog.at_level(logging.INFO, logger=api.__name__):
         linear_logprob(x, w, labels)
