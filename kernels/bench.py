@@ -24,8 +24,19 @@ import numpy as np
 from dqjax.kernels import peers
 from dqjax.kernels.attention.api import attention, make_plan, packed_backend
 from dqjax.kernels.decode_attention.api import decode_attention
+from dqjax.kernels.decode_attention.api import default_backend as decode_backend
 from dqjax.kernels.linear_logprob.api import TeacherHead, linear_cross_entropy, linear_kl, linear_logprob
-from dqjax.kernels.measure import Candidate, jax_candidate, machine, measure, torch_candidate
+from dqjax.kernels.linear_logprob.api import default_backend as head_backend
+from dqjax.kernels.linear_logprob.mosaic_gpu import why_not_mosaic_gpu
+from dqjax.kernels.measure import (
+    Candidate,
+    document_lengths,
+    jax_candidate,
+    machine,
+    measure,
+    product_rate,
+    torch_candidate,
+)
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args(argv)
     if options.table:
-        print(markdown(json.loads(options.table.read_text())))
+        print("\n\n".join(markdown(json.loads(options.table.read_text()))))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results: dict[str, Any] = {"machine": machine(), "ceilings": _ceilings(options), "cases": []}
@@ -111,23 +122,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """A table of the attention cases: milliseconds of the best candidate of each library, the least of a row in bold."""
-    rows = [row for row in results["cases"] if row["kernel"] == "attention"]
-    names = list(dict.fromkeys(name.split("_")[0] for row in rows for name in row["results"]))
-    lines = ["| Rows | Heads | Pass | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
-    for row in rows:
-        ms: dict[str, float] = {}
-        for name, result in row["results"].items():
-            library = name.split("_")[0]
-            if "ms" in result:
-                ms[library] = min(result["ms"], ms.get(library, math.inf))
-        best = min(ms.values())
-        figures = (f"**{ms[n]:.2f}**" if ms.get(n) == best else f"{ms[n]:.2f}" if n in ms else "" for n in names)
-        shape = f"{row['B']} × {row['T']}, " + (f"documents of about {row['mean']}" if row["mean"] else "one document")
-        heads = f"{row['N']}/{row['K']} of {row['H']}"
-        lines.append(f"| {shape} | {heads} | {row['direction']} | " + " | ".join(figures) + " |")
+def markdown(results: dict[str, Any]) -> list[str]:
+    """A table for each kernel: milliseconds of the best candidate of each library, the least of a row in bold."""
+    kernels = dict.fromkeys(row["kernel"] for row in results["cases"])
+    return [_table([row for row in results["cases"] if row["kernel"] == kernel]) for kernel in kernels]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    best = [_milliseconds(row) for row in rows]
+    names = list(dict.fromkeys(name for ms in best for name in ms))
+    titles = [*_shape(rows[0]), "Pass", *names]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for row, ms in zip(rows, best, strict=True):
+        least = min(ms[name] for name in ms if name not in CEILINGS)
+        figures = (f"**{ms[n]:.2f}**" if ms.get(n) == least else f"{ms[n]:.2f}" if n in ms else "" for n in names)
+        lines.append("| " + " | ".join([*_shape(row).values(), row["direction"], *figures]) + " |")
     return "\n".join(lines)
+
+
+CEILINGS = ("read",)
+"""Candidates that do less than the work: what the machine could do at best."""
+
+
+def _milliseconds(row: dict[str, Any]) -> dict[str, float]:
+    """Of the best candidate of each library that was timed."""
+    ms: dict[str, float] = {}
+    for name, result in row["results"].items():
+        library = name.split("_")[0]
+        if "ms" in result:
+            ms[library] = min(result["ms"], ms.get(library, math.inf))
+    return ms
+
+
+def _shape(row: dict[str, Any]) -> dict[str, str]:
+    """The case in words, by the titles of its columns."""
+    if row["kernel"] == "vocabulary":
+        return {"Tokens × width × vocabulary": f"{row['M']} × {row['D']} × {row['V']}"}
+    heads = f"{row['N']}/{row['K']} of {row['H']}"
+    if row["kernel"] == "decode":
+        return {"Sequences × slots": f"{row['B']} × {row['S']}", "Heads": heads}
+    documents = f"documents of about {row['mean']}" if row["mean"] else "one document"
+    return {"Rows": f"{row['B']} × {row['T']}, {documents}", "Heads": heads}
 
 
 Named = dict[str, Callable[[], Candidate]]
@@ -136,7 +171,7 @@ Named = dict[str, Callable[[], Candidate]]
 def _attention(case: AttentionCase) -> Iterable[tuple[str, float, Named]]:
     rng = np.random.default_rng(0)
     B, T, mean, N, K, H = case
-    lengths = [_documents(rng, T, mean) for _ in range(B)] if mean else None
+    lengths = [document_lengths(rng, T, mean) for _ in range(B)] if mean else None
     rows = lengths or [[T]] * B
     ids = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in rows]).astype(np.int32)
     shapes = {"q": (B, T, N, H), "k": (B, T, K, H), "v": (B, T, K, H), "d_out": (B, T, N, H)}
@@ -153,7 +188,7 @@ def _attention(case: AttentionCase) -> Iterable[tuple[str, float, Named]]:
 
         return f
 
-    functions = {f"dqjax_{backend}": ours(backend) for backend in _our_backends(packed=True)}
+    functions = {f"dqjax_{backend}": ours(backend) for backend in _ours(packed_backend(jax.devices()[0], q.dtype, H))}
     for more in (lambda: peers.jax_attention(lengths, segment_ids), lambda: peers.flash_attention_3(lengths)):
         functions |= _installed(more)
 
@@ -207,7 +242,8 @@ def _decode(case: DecodeCase) -> Iterable[tuple[str, float, Named]]:
 
         return make
 
-    named: Named = {f"dqjax_{backend}": candidate(backend) for backend in _our_backends()}
+    best = decode_backend(jax.devices()[0], q.dtype, H, S)
+    named: Named = {f"dqjax_{backend}": candidate(backend) for backend in _ours(best)}
     named["read_the_cache"] = lambda: jax_candidate(lambda q, k, v: (k.sum(), v.sum()), (q, k, v))
     yield "forward", 4.0 * B * S * N * H, named
 
@@ -245,7 +281,8 @@ def _vocabulary(case: VocabularyCase) -> Iterable[tuple[str, float, Named]]:
         return make
 
     for name, products, make in (("cross_entropy", 3, cross_entropy), ("logprob", 4, logprob), ("jsd", 4, kl)):
-        named = {f"dqjax_{backend}": candidate(make(backend), name != "jsd") for backend in ("xla",)}
+        best = "xla" if name == "jsd" else head_backend(jax.devices()[0], why_not_mosaic_gpu(w, varying=False))
+        named = {f"dqjax_{backend}": candidate(make(backend), name != "jsd") for backend in _ours(best)}
         named["full_logits"] = candidate(make("reference"), name != "jsd")
         if name == "cross_entropy":
             in_torch = _installed(lambda: peers.torch_cross_entropy(*arrays, labels_np))
@@ -260,21 +297,9 @@ GENERATORS: dict[str, Callable[[Any], Iterable[tuple[str, float, Named]]]] = {
 }
 
 
-def _our_backends(packed: bool = False) -> tuple[str, ...]:
-    """Ours by name; with `packed`, those for bfloat16 rows of documents."""
-    device = jax.devices()[0]
-    if device.platform == "gpu" and packed:
-        return tuple(dict.fromkeys((packed_backend(device, jnp.bfloat16, 128), "xla")))
-    return ("tpu", "xla") if device.platform == "tpu" else ("xla",)
-
-
-def _documents(rng: np.random.Generator, total: int, mean: int) -> list[int]:
-    """Log-normal document lengths that fill a row."""
-    lengths: list[int] = []
-    while sum(lengths) < total:
-        lengths.append(int(np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0), 16, total)))
-    lengths[-1] -= sum(lengths) - total
-    return [length for length in lengths if length > 0]
+def _ours(best: str) -> tuple[str, ...]:
+    """The backends of ours to time: the one that the device gets, and plain XLA."""
+    return tuple(dict.fromkeys((best, "xla")))
 
 
 def _installed(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -317,16 +342,9 @@ def _run(named: Named, flops: float, options: argparse.Namespace) -> dict[str, d
 def _ceilings(options: argparse.Namespace) -> dict[str, float]:
     """The rate of a large bfloat16 product, and of a copy, in this run."""
     n = 8192 if options.size == "full" else 256
-    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
-    candidates = {
-        "product": jax_candidate(lambda a, b: a @ b, (a, b)),
-        "copy": jax_candidate(lambda a: a + 1, (jax.random.normal(jax.random.key(1), (n, n)),)),
-    }
-    times = measure(candidates, repetitions=options.repetitions, rounds=options.rounds)
-    return {
-        "product_tflops": 2 * n**3 / times["product"].ms / 1e9,
-        "copy_terabytes_per_second": 2 * 4 * n**2 / times["copy"].ms / 1e9,
-    }
+    copy = jax_candidate(lambda a: a + 1, (jax.random.normal(jax.random.key(1), (n, n)),))
+    ms = measure({"copy": copy}, repetitions=options.repetitions, rounds=options.rounds)["copy"].ms
+    return {"product_tflops": product_rate(n) / 1e12, "copy_terabytes_per_second": 2 * 4 * n**2 / ms / 1e9}
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Timing(NamedTuple):
@@ -88,6 +89,22 @@ def measure(candidates: Mapping[str, Candidate], *, repetitions: int, rounds: in
             if round_:
                 times[name].append((double - single) / repetitions * 1e3)
     return {name: _summary(sorted(of)) for name, of in times.items()}
+
+
+def product_rate(n: int, dtype: jax.typing.DTypeLike = jnp.bfloat16, precision: Any = None) -> float:
+    """FLOPs a second of a product of two random n × n matrices, by the library that XLA calls."""
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
+    product = jax_candidate(lambda a, b: jnp.matmul(a, b, precision=precision), (a, b))
+    return 2 * n**3 / measure({"product": product}, repetitions=8, rounds=5)["product"].ms * 1e3
+
+
+def document_lengths(rng: np.random.Generator, total: int, mean: int) -> list[int]:
+    """Log-normal document lengths of about `mean` tokens that fill a row of `total`."""
+    lengths: list[int] = []
+    while sum(lengths) < total:
+        lengths.append(int(np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0), 16, total)))
+    lengths[-1] -= sum(lengths) - total
+    return [length for length in lengths if length > 0]
 
 
 def machine() -> dict[str, Any]:

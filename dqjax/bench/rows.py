@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from dqjax.kernels.measure import document_lengths
 from dqjax.types import Batch
 
 
@@ -16,7 +17,7 @@ def packed_rows(vocab: int, rows: int, tokens: int, mean_document: int, *, seed:
       A batch of numpy arrays; `token_weight` takes the mean over the trained tokens.
     """
     rng = np.random.default_rng(seed)
-    lengths = [_documents(rng, tokens, mean_document) if mean_document else [tokens] for _ in range(rows)]
+    lengths = [document_lengths(rng, tokens, mean_document) if mean_document else [tokens] for _ in range(rows)]
     ids = rng.integers(0, vocab, (rows, tokens)).astype(np.int32)
     segment_ids = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(np.int32)
     positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths]).astype(np.int32)
@@ -24,11 +25,3 @@ def packed_rows(vocab: int, rows: int, tokens: int, mean_document: int, *, seed:
     targets = np.where(trained, np.roll(ids, -1, axis=1), 0)
     weight = (trained / trained.sum()).astype(np.float32)
     return Batch(ids, targets, segment_ids, positions, weight, segment_ids - 1)
-
-
-def _documents(rng: np.random.Generator, total: int, mean: int) -> list[int]:
-    """Lengths of about `mean` tokens, at least 2 each but the last, that fill a row of `total`."""
-    lengths: list[int] = []
-    while (left := total - sum(lengths)) > 0:
-        lengths.append(min(max(2, int(rng.lognormal(np.log(mean) - 0.5, 1.0))), left))
-    return lengths

@@ -15,7 +15,7 @@ import optax
 
 from dqjax.convert.huggingface import save_params, write_text
 from dqjax.kernels.attention.api import packed_backend
-from dqjax.kernels.measure import Candidate, jax_candidate, machine, measure
+from dqjax.kernels.measure import Candidate, machine, measure, product_rate
 from dqjax.metrics import scalars
 from dqjax.models.config import ModelConfig, to_huggingface
 from dqjax.models.decoder import Decoder, Remat
@@ -56,10 +56,8 @@ class Case:
 def describe(dtype: str) -> dict[str, Any]:
     """The machine, and the FLOPs a second of a large product in `dtype` on it."""
     n = 512 if jax.default_backend() == "cpu" else 8192
-    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.dtype(dtype))
-    product = jax_candidate(lambda a, b: jnp.matmul(a, b, precision=precision_of(jnp.dtype(dtype))), (a, b))
-    ms = measure({"product": product}, repetitions=8, rounds=5)["product"].ms
-    return {"machine": machine(), "product_flops": 2 * n**3 / ms * 1e3}
+    rate = product_rate(n, jnp.dtype(dtype), precision_of(jnp.dtype(dtype)))
+    return {"machine": machine(), "product_flops": rate}
 
 
 def check_gradients(case: Case, folder: pathlib.Path) -> dict[str, Any]:

@@ -41,12 +41,18 @@ def test_a_wrong_kernel_is_not_timed_and_fails_the_run(monkeypatch):
     assert all("wrong by" in row["results"]["dqjax_xla"]["error"] for row in rows)
 
 
-def test_time_is_the_difference_of_n_and_2n():
+def test_time_is_the_difference_of_n_and_2n(monkeypatch):
     """A constant cost a run, of whatever size, does not count."""
-    clock = {"calls": []}
-    timing = measure({"idle": Candidate(clock["calls"].append, None)}, repetitions=8, rounds=3)
+    clock = {"now": 0.0, "calls": []}
+
+    def run(repetitions):
+        clock["calls"].append(repetitions)
+        clock["now"] += 5 + 0.25 * repetitions
+
+    monkeypatch.setattr("dqjax.kernels.measure.time.perf_counter", lambda: clock["now"])
+    timing = measure({"work": Candidate(run, None)}, repetitions=8, rounds=3)
     assert clock["calls"] == [8, 16] * 4
-    assert abs(timing["idle"].ms) < 1
+    assert timing["work"] == (250, 0)
 
 
 def test_memory_is_temporaries_and_output():
