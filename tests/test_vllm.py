@@ -10,6 +10,7 @@ and, since it asks for the metadata of a distribution called `vllm`, a copy of v
 vllm-0.32.0.dist-info whose METADATA says `Name: vllm` and `Version: 0.32.0+cpu`.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -26,6 +27,8 @@ import pytest
 from dqjax import score
 from dqjax.commands import run_command
 from dqjax.convert.__main__ import main as convert
+from dqjax.convert.new import new_student
+from dqjax.models.config import SIZES
 from tests.test_train import DEBUG, run
 from tests.workspace import make_workspace
 
@@ -107,9 +110,25 @@ def conversations(workspace):
     return [*chats, plain, [{"role": "system", "content": "Add step by step."}, *plain, *chats[2]]]
 
 
-@pytest.mark.parametrize("objective", ["reward", "scorer"])
-def test_vllm_answers_with_the_scores_of_the_run(workspace, serve, objective):
+@pytest.fixture
+def student(workspace, monkeypatch):
+    """student(family) → the folder of a tiny one; the workspace's own is a Qwen3."""
+
+    def make(family):
+        if family == "qwen3":
+            return workspace / "runs/chain_sum/student"
+        size = dataclasses.replace(SIZES["miniature"], family=family, attention_bias=True, qk_norm=False)
+        monkeypatch.setitem(SIZES, f"miniature-{family}", size)
+        new_student(f"miniature-{family}", workspace / "runs/chain_sum/tokenizer", workspace / family)
+        return workspace / family
+
+    return make
+
+
+@pytest.mark.parametrize(("objective", "family"), [("reward", "qwen3"), ("scorer", "qwen2")])
+def test_vllm_answers_with_the_scores_of_the_run(workspace, student, serve, objective, family):
     more = ("optimizer.learning_rate=1e-2", "train.steps=6", "train.eval_every=6")  # a head that says something
+    more = (*more, f"model.init_from={student(family)}")
     assert run(workspace, objective, *more, config=str(DEBUG / f"{objective}.yaml")) == 0
     folder, chats = workspace / f"{objective}-export", conversations(workspace)
     assert convert(["to-hf", str(workspace / objective), str(folder), "--dtype", "float32"]) == 0
@@ -137,6 +156,6 @@ def test_vllm_answers_with_the_scores_of_the_run(workspace, serve, objective):
         p = np.exp(logits.reshape(-1, 2, 10))
         served = (p / p.sum(-1, keepdims=True)) @ np.arange(10)
     difference = np.abs(served - expected).max()
-    print(f"{objective}: {len(chats)} conversations, {np.ptp(expected):.2f} apart, at most {difference:.1e} off")
+    print(f"{objective}, {family}: {len(chats)} conversations, {np.ptp(expected):.2f} apart, at most {difference:.1e} off")
     assert np.ptp(expected) > 1e-2
     np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-5)
