@@ -69,7 +69,7 @@ def read_items(
     rejected = sorted(bad + too_long, key=lambda row: (row.file, row.line))
     write_rejected(rejected, read, max_share=1.0, path=config.quarantine)
     if len(bad) > config.max_bad_share * read:
-        first = bad[0]
+        first = min(bad, key=lambda row: (row.file, row.line))
         raise ConfigError(
             f"{len(bad)} of {read} rows are no usable {what}, more than data.max_bad_share = {config.max_bad_share:g}; "
             f"the first at {first.file}:{first.line}: {first.reason}"

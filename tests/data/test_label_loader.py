@@ -94,6 +94,8 @@ def test_rows_without_labels_and_long_ones_are_quarantined(open_data, tmp_path):
         assert {"r": "Verbosity", "c": "ifficulty"}[name.lower()] in bad["reason"] and got in bad["reason"]
     with pytest.raises(ConfigError, match="1 of 2 rows are no usable labelled conversation"):
         open_data([row(0), unlabelled])
+    with pytest.raises(ConfigError, match=r"first at .*:2: Reasoning_Verbosity: expected a number from 0 to 9, got 10"):
+        open_data([row(0), row(1, Reasoning_Verbosity=10), row(2, Cognitive_Difficulty="low")])
 
 
 def test_settings_of_documents_are_refused(open_data):
