@@ -1,31 +1,36 @@
 """What a run would cost, from a run over a few rows."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from dqjax.data.teacher import TeacherConfig
 
 
-def scaled_report(
-    usage: Sequence[tuple[str, Mapping[str, float]]], teachers: Sequence[TeacherConfig], *, sampled: int, total: int
-) -> str:
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A step over a few rows: its `Job.usage`, how many rows were taken at the source, and how many there are."""
+
+    step: str
+    usage: Mapping[str, float]
+    sampled: int
+    total: int
+
+
+def scaled_report(trials: Sequence[Trial], teachers: Sequence[TeacherConfig]) -> str:
     """Tokens, money and hours of the whole, one line a step that asks.
 
     Hours: the larger of calls · mean seconds / slots and what the rates allow. Steps are taken to let rows through in
     the same proportion throughout.
-
-    Args:
-      usage: for each step its `Job.usage` over the sampled rows.
     """
-    if not sampled:
+    if not any(trial.sampled for trial in trials):
         return "no rows: nothing to estimate"
-    scale = total / sampled
-    lines = [f"{sampled:,} of {total:,} rows were run; the whole would take about"]
+    lines = [f"{trials[0].sampled:,} of {trials[0].total:,} rows were run; the whole would take about"]
     sums = [0.0] * 5
-    for step, used in usage:
-        parts = [_of_teacher(teacher, used) for teacher in teachers if used.get(f"{teacher.name} calls")]
+    for trial in trials:
+        parts = [_of_teacher(teacher, trial.usage) for teacher in teachers if trial.usage.get(f"{teacher.name} calls")]
         if parts:
-            figures = [scale * sum(column) for column in zip(*parts)]
-            lines.append(_line(step, figures))
+            figures = [trial.total / trial.sampled * sum(column) for column in zip(*parts)]
+            lines.append(_line(trial.step, figures))
             sums = [a + b for a, b in zip(sums, figures)]
     return "\n".join([*lines, _line("together", sums)])
 

@@ -1,4 +1,4 @@
-"""Models of our own that stages use and do not make: whoever runs the stages knows how (`python -m dqjax.data` does)."""
+"""Models of our own that stages use and do not make: whoever runs the stages knows how, `python -m dqjax.data` does."""
 
 from typing import Literal, Protocol
 

@@ -26,7 +26,7 @@ import yaml
 
 from dqjax.config import ConfigError, Section, dump, load, validate
 from dqjax.data import annotate, collecting, generate, holdout, lengths, pairs, refine, select, stats, verify
-from dqjax.data.estimate import scaled_report
+from dqjax.data.estimate import Trial, scaled_report
 from dqjax.data.models import Models
 from dqjax.data.staff import Staff
 from dqjax.data.stage import Job, Shard
@@ -47,6 +47,7 @@ STAGES = {
     "split": holdout,
     "stats": stats,
 }
+SILENT = {"collect", "select", "split", "stats"}  # these ask nobody
 
 
 class PipelineConfig(Section):
@@ -184,26 +185,43 @@ def estimate(
     models: Models | None = None,
     rows: int = 20,
 ) -> str:
-    """Runs all steps on a few rows, in `out/estimate`, and says what the whole would cost.
+    """Runs the steps that ask, and those that they read, on a few rows, in `out/estimate`; says what the whole would cost.
 
+    A step whose rows come from a file or from `collect` takes the first `rows` of them; the others take what that leaves.
     The answers go to the journals of the real run: nothing is paid for twice.
     """
     out, trial = pathlib.Path(config.out), pathlib.Path(config.out) / "estimate"
     staff = Staff(config.teachers, models, config.max_total_tokens)
-    total, reports = None, []
     tried = {str(step.output): str(trial / step.output.relative_to(out)) for step in steps}
-    for step in steps:
-        inputs = [tried.get(path, path) for path in step.inputs]
-        first = total is None and step.stage != "collect"
+    trials: dict[str, Trial] = {}  # by output, of all steps but collect
+    for step in _asking(steps):
+        few = [trials[path] for path in step.inputs if path in trials]
         job = Job(
-            step.name, inputs, tried[str(step.output)], staff=staff, settings=step.config, limit=rows if first else None
+            step.name,
+            [tried.get(path, path) for path in step.inputs],
+            tried[str(step.output)],
+            staff=staff,
+            settings=step.config,
+            limit=None if len(few) == len(step.inputs) or step.stage == "collect" else rows,
         )
         job.journal_path = step.output.with_name(f"{step.output.stem}.journal.jsonl")
-        if first:
-            total = job.count_rows()
+        total = job.count_rows() if job.limit else max((t.total for t in few), default=0)
+        sampled = min(rows, total) if job.limit else max((t.sampled for t in few), default=0)
         step.module.run(step.config, job)
-        reports.append((step.name, job.usage))
-    return scaled_report(reports, config.teachers, sampled=min(rows, total or 0), total=total or 0)
+        if step.stage != "collect":
+            trials[str(step.output)] = Trial(step.name, job.usage, sampled, total)
+    return scaled_report(list(trials.values()), config.teachers)
+
+
+def _asking(steps: Sequence[Step]) -> list[Step]:
+    """The steps that may ask a teacher, and those that they read."""
+    found: list[Step] = []
+    read: set[str] = set()
+    for step in reversed(steps):
+        if step.stage not in SILENT or str(step.output) in read:
+            found.insert(0, step)
+            read.update(step.inputs)
+    return found
 
 
 def summary(counts: Mapping[str, int]) -> str:

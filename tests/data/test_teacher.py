@@ -14,7 +14,7 @@ import pytest
 
 from dqjax.config import ConfigError
 from dqjax.data.__main__ import main
-from dqjax.data.estimate import scaled_report
+from dqjax.data.estimate import Trial, scaled_report
 from dqjax.data.journal import Journal
 from dqjax.data.limits import Bucket, Budget, BudgetSpent
 from dqjax.data.local import LocalTeacher
@@ -288,13 +288,26 @@ def test_estimate_scales_the_first_rows_and_pays_for_nothing_twice(tmp_path, cap
         assert server.total == 400
 
 
+def test_estimate_takes_a_few_rows_wherever_a_step_reads_them_all(tmp_path, capsys):
+    """The second step that asks reads the file too, not what the first one left; the split would find too few rows."""
+    rows = write_jsonl(tmp_path / "p.jsonl", problems(200))
+    with ChatServer(lambda q, b, s: Say("7", tokens=(10, 5))) as server:
+        quality = {"stage": "pairs", "kind": "quality", "teacher": "t", "input": rows}
+        steps = [generate(rows), {"stage": "split", "validation": 100}, quality]
+        path = write_pipeline(tmp_path, [teacher(endpoint(server.url))], steps)
+        assert main(["pipeline", "--config", path, "--estimate"]) == 0
+        assert server.total == 60
+    said = capsys.readouterr().out
+    assert "20 of 200 rows" in said and "200 calls" in said and "400 calls" in said and "600 calls" in said
+
+
 def test_estimated_hours_follow_slots_and_rates():
     slow = TeacherConfig(name="t", endpoints=[endpoint("http://h", concurrency=10)])
     used = {"t calls": 20, "t prompt_tokens": 2000, "t completion_tokens": 18000, "t seconds": 600}
-    said = scaled_report([("generate", used)], [slow], sampled=20, total=20_000)
+    said = scaled_report([Trial("generate", used, 20, 20_000)], [slow])
     assert "20,000 calls" in said and "16.67 hours" in said
     limited = TeacherConfig(name="t", endpoints=[endpoint("http://h", concurrency=10, tokens_per_minute=10_000)])
-    assert "33.33 hours" in scaled_report([("generate", used)], [limited], sampled=20, total=20_000)
+    assert "33.33 hours" in scaled_report([Trial("generate", used, 20, 20_000)], [limited])
 
 
 def test_estimate_without_rows(tmp_path):
