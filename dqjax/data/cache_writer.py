@@ -10,7 +10,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,7 +140,7 @@ class CacheWriter:
 
     def _write_manifest(self, name: str) -> None:
         name = name.format(*self._part)
-        making = self.folder / f".{name}.{secrets.token_hex(4)}"
+        making = self.folder / f".{name}.partial"
         making.write_text(json.dumps(self._manifest, indent=1))
         making.rename(self.folder / name)
 
