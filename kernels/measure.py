@@ -52,7 +52,8 @@ def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candi
     def repeat(repetitions, *operands):
         def once(_, total):
             total, *inputs = jax.lax.optimization_barrier((total, *operands))
-            return sum((r.reshape(-1)[-1].astype(jnp.float32) for r in jax.tree.leaves(f(*inputs))), total)
+            results = jax.lax.optimization_barrier(jax.tree.leaves(f(*inputs)))  # else only what is read was computed
+            return sum((r.reshape(-1)[-1].astype(jnp.float32) for r in results), total)
 
         return jax.lax.fori_loop(0, repetitions, once, jnp.float32(0))
 

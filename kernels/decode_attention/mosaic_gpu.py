@@ -106,7 +106,8 @@ def mosaic_gpu_decode_attention(
         compiler_params=PARAMS,
         kernel_name="decode_attention",
     )(queries, k_cache, v_cache, lower, upper)
-    return _joined(out[:, :, :, :group], lse[:, :, :, :group]).reshape(B, N, H).astype(q.dtype)
+    out, lse = out[:, :, :, :group], lse[:, :, :, :group]
+    return (out[:, :, 0] if parts == 1 else _joined(out, lse)).reshape(B, N, H).astype(q.dtype)
 
 
 def _joined(out: Float[Array, "B K P G H"], lse: Float[Array, "B K P G"]) -> Float[Array, "B K G H"]:

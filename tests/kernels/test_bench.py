@@ -23,9 +23,10 @@ def test_it_runs_and_writes_what_it_measured(tmp_path):
             assert set(result) == {"ms", "spread", "tflops", "memory_bytes"}
 
 
-def test_the_table_of_the_readme_is_that_of_the_results(capsys):
+@pytest.mark.parametrize("name", ["h200", "h200_vocabulary"])
+def test_the_tables_of_the_readme_are_those_of_the_results(name, capsys):
     root = pathlib.Path(__file__).parents[2]
-    assert bench.main(["--table", str(root / "kernels" / "results" / "h200.json")]) == 0
+    assert bench.main(["--table", str(root / "kernels" / "results" / f"{name}.json")]) == 0
     assert capsys.readouterr().out in (root / "README.md").read_text()
 
 
