@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
+from dqjax.kernels.attention.mask import Variant
 from dqjax.kernels.attention.mosaic_gpu import is_hopper
 from dqjax.kernels.decode_attention.mosaic_gpu import mosaic_gpu_decode_attention, why_not_mosaic_gpu
 from dqjax.kernels.decode_attention.reference import reference_decode_attention
@@ -73,8 +74,8 @@ def decode_attention(
         backend = default_backend(jax.devices()[0], q.dtype, H, k_cache.shape[1])
     if backend not in BACKENDS:
         raise ValueError(f"decode_attention: unknown backend {backend!r}; there are {tuple(BACKENDS)}")
-    scale = H**-0.5 if scale is None else scale
-    return BACKENDS[backend](q, k_cache, v_cache, lengths, scale=scale, softcap=softcap, window=window)
+    variant = Variant(True, window, softcap, H**-0.5 if scale is None else scale)
+    return BACKENDS[backend](q, k_cache, v_cache, lengths, variant)
 
 
 def default_backend(device: Any, dtype: jax.typing.DTypeLike, head_size: int, slots: int) -> str:

@@ -55,16 +55,13 @@ def why_not_mosaic_gpu(dtype: jax.typing.DTypeLike, head_size: int, slots: int) 
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "window"))  # layers share what is traced and lowered
+@functools.partial(jax.jit, static_argnames="variant")  # layers share what is traced and lowered
 def mosaic_gpu_decode_attention(
     q: Float[Array, "B N H"],
     k_cache: Float[Array, "B S K H"],
     v_cache: Float[Array, "B S K H"],
     lengths: Int[Array, "B"],
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    variant: Variant,
 ) -> Float[Array, "B N H"]:
     """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite."""
     (B, N, H), (S, K) = q.shape, k_cache.shape[1:3]
@@ -79,10 +76,10 @@ def mosaic_gpu_decode_attention(
     parts = -(-S // part)
     queries = jnp.pad(q.reshape(B, K, group, H), ((0, 0), (0, 0), (0, kept - group), (0, 0)))
     upper = lengths.astype(jnp.int32)
-    lower = jnp.zeros_like(upper) if window is None else jnp.maximum(upper - window, 0)
+    lower = jnp.zeros_like(upper) if variant.window is None else jnp.maximum(upper - variant.window, 0)
     axes = varying_axes((q, k_cache, v_cache, lengths))
     out, lse = plgpu.kernel(
-        functools.partial(_kernel, variant=Variant(True, window, softcap, scale), part_size=part, kept=kept),
+        functools.partial(_kernel, variant=variant, part_size=part, kept=kept),
         out_type=(
             typed_shape((B, K, parts, kept, H), jnp.float32, axes),
             typed_shape((B, K, parts, ROWS), jnp.float32, axes),

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from dqjax.kernels.attention.mask import Variant
 from dqjax.kernels.varying import typed_shape, varying_axes
 
 BLOCK_BYTES = 2**20
@@ -35,17 +36,14 @@ def tpu_decode_attention(
     k_cache: Float[Array, "B S K H"],
     v_cache: Float[Array, "B S K H"],
     lengths: Int[Array, "B"],
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    variant: Variant,
 ) -> Float[Array, "B N H"]:
     """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite."""
     B, N, H = q.shape
     S, K = k_cache.shape[1:3]
     slots = _slots_in_block(S, K * H * k_cache.dtype.itemsize)
     lengths = lengths.astype(jnp.int32)
-    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0) // slots
+    first = jnp.zeros_like(lengths) if variant.window is None else jnp.maximum(lengths - variant.window, 0) // slots
     blocks = jnp.maximum(-(-lengths // slots) - first, 1)  # one idle step for an empty sequence, to write its zeros
 
     def cache_index(b, s, lengths, first, blocks):
@@ -54,7 +52,7 @@ def tpu_decode_attention(
     def query_index(b, s, *_):
         return b, 0, 0
 
-    kernel = functools.partial(_kernel, slots, K, scale, softcap, window)
+    kernel = functools.partial(_kernel, slots, K, variant)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -83,7 +81,7 @@ def tpu_decode_attention(
     )(lengths, first, blocks, q, k_cache, v_cache)
 
 
-def _kernel(slots, heads, scale, softcap, window, lengths, first, blocks, q, k, v, out, peak, total, acc):
+def _kernel(slots, heads, variant, lengths, first, blocks, q, k, v, out, peak, total, acc):
     b, s = pl.program_id(0), pl.program_id(1)
     length = lengths[b]
 
@@ -96,16 +94,16 @@ def _kernel(slots, heads, scale, softcap, window, lengths, first, blocks, q, k, 
     @pl.when((s < blocks[b]) & (length > 0))
     def _():
         N, H = acc.shape
-        logits = scale * _product(q[0], k[0].reshape(slots * heads, H), "NH,CH->NC")
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
+        logits = variant.scale * _product(q[0], k[0].reshape(slots * heads, H), "NH,CH->NC")
+        if variant.softcap is not None:
+            logits = variant.softcap * jnp.tanh(logits / variant.softcap)
         row = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         # div and rem of non-negative numbers: // and % would also ask for signs.
         slot = (first[b] + s) * slots + lax.div(column, jnp.int32(heads))
         see = (lax.rem(column, jnp.int32(heads)) == lax.div(row, jnp.int32(N // heads))) & (slot < length)
-        if window is not None:
-            see &= slot >= length - window
+        if variant.window is not None:
+            see &= slot >= length - variant.window
         logits = jnp.where(see, logits, MASKED)
         new_peak = jnp.maximum(peak[...], jnp.max(logits, axis=1, keepdims=True))
         weights = jnp.where(see, jnp.exp(logits - new_peak), 0)

@@ -14,16 +14,16 @@ That is K times the arithmetic, and decoding waits for memory, not for arithmeti
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dqjax.kernels.attention.mask import Variant
+
+
 
 def xla_decode_attention(
     q: Float[Array, "B N H"],
     k_cache: Float[Array, "B S K H"],
     v_cache: Float[Array, "B S K H"],
     lengths: Int[Array, "B"],
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    variant: Variant,
 ) -> Float[Array, "B N H"]:
     """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite."""
     B, N, H = q.shape
@@ -32,13 +32,13 @@ def xla_decode_attention(
     own = jnp.eye(K, dtype=q.dtype)
     q_wide = jnp.einsum("BKGH,KJ->BKGJH", q.reshape(B, K, N // K, H), own).reshape(B, N, K * H)
     logits = jnp.einsum("BNC,BSC->BNS", q_wide, k_cache.reshape(B, S, K * H), preferred_element_type=wide)
-    logits = logits * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits * variant.scale
+    if variant.softcap is not None:
+        logits = variant.softcap * jnp.tanh(logits / variant.softcap)
     s = jnp.arange(S)
     see = s < lengths[:, None]
-    if window is not None:
-        see &= s >= lengths[:, None] - window
+    if variant.window is not None:
+        see &= s >= lengths[:, None] - variant.window
     see = see[:, None]
     peak = jnp.max(logits, axis=-1, keepdims=True, where=see, initial=jnp.finfo(wide).min)
     weights = jnp.where(see, jnp.exp(logits - peak), 0)
