@@ -1,6 +1,6 @@
 """One OpenAI-compatible endpoint: one HTTP call at a time per slot, and what its failures mean.
 
-The client is aiohttp: with 200 requests in flight against a 50 ms server it needs 0.11 ms of CPU a request, where httpx
+The client is aiohttp: with 200 requests in flight against a 50 ms server it needs 0.14 ms of CPU a request, where httpx
 took 1.0 ms and the openai package 2.2 ms (two shared cores), which cap them at a fraction of the ideal 4,000 requests a
 second.
 
@@ -18,10 +18,12 @@ import dataclasses
 import email.utils
 import json
 import os
+import sys
 import time
+import types
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Coroutine, Generator, Mapping
 from typing import Any
 
 import aiohttp
@@ -214,7 +216,37 @@ class Endpoint:
 
 def open_session() -> aiohttp.ClientSession:
     """A connection pool for any number of endpoints: their slots bound the connections, it has no limit of its own."""
+    if sys.version_info < (3, 12):
+        asyncio.get_running_loop().set_task_factory(_write_at_once)
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _write_at_once(loop: asyncio.AbstractEventLoop, coro: Coroutine, **more: Any) -> asyncio.Future:
+    """A task factory under which aiohttp sends a request when it makes it, as it does by itself from Python 3.12 on.
+
+    Otherwise the sending is a task that waits its turn: of answers that come together, all are handled before the first
+    of the next requests goes out. 200 in flight against a 50 ms server reach 97% of the ideal rate, and reached 90% so.
+    """
+    if coro.__qualname__ != "ClientRequest.write_bytes":
+        return asyncio.Task(coro, loop=loop, **more)
+    try:
+        waits_for = coro.send(None)
+    except StopIteration:
+        sent = loop.create_future()
+        sent.set_result(None)
+        return sent
+    return asyncio.Task(_resume(coro, waits_for), loop=loop, **more)
+
+
+@types.coroutine
+def _resume(coro: Coroutine, waits_for: asyncio.Future) -> Generator:
+    """The rest of a coroutine that has run until it waits for a future."""
+    try:
+        yield waits_for
+    except BaseException:
+        coro.close()
+        raise
+    yield from coro.__await__()
 
 
 def _proxy_of(url: str) -> str | None:

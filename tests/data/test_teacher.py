@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import dqjax.data.endpoint
 from dqjax.config import ConfigError
 from dqjax.data.__main__ import main
 from dqjax.data.estimate import Trial, scaled_report
@@ -221,6 +222,19 @@ def test_concurrency_is_bounded_and_used(tmp_path):
     with ChatServer(lambda question, before, sent: solved(question), latency=0.05) as server:
         run(tmp_path, [teacher(endpoint(server.url, concurrency=7))], [generate(rows)])
         assert server.most_in_flight == 7
+
+
+def test_a_prompt_larger_than_all_buffers_arrives_whole(tmp_path, monkeypatch):
+    """Where a request cannot be sent at once, the rest of it waits (Python 3.11; newer ones leave that to aiohttp)."""
+    waited, resume = [], dqjax.data.endpoint._resume
+    monkeypatch.setattr(dqjax.data.endpoint, "_resume", lambda *args: waited.append(1) or resume(*args))
+    text = "What is 1 plus 1? " + "x" * 8_000_000
+    rows = write_jsonl(tmp_path / "p.jsonl", [{"id": f"p{i}", "prompt": f"{text} {i}"} for i in range(3)])
+    sent = []
+    with ChatServer(lambda question, before, body: sent.append(len(question)) or solved(question)) as server:
+        out = run(tmp_path, [teacher(endpoint(server.url))], [generate(rows)])
+    assert len(read_jsonl(out / "generate.jsonl")) == 3 and sent == [len(text) + 2] * 3
+    assert waited or sys.version_info >= (3, 12)
 
 
 def test_endpoints_share_the_work_and_a_dead_one_does_not_swallow_it(tmp_path):
