@@ -5,6 +5,9 @@ host's clock fall out. Candidates take turns, and the median over the rounds is 
 """
 
 import datetime
+import functools
+import importlib.metadata
+import logging
 import platform
 import statistics
 import time
@@ -14,6 +17,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = (
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu13",
+    "torch",
+    "triton",
+    "transformers",
+    "tokamax",
+    "dew-flash-attn-cu13",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
+"""Distributions whose versions a result names."""
 
 
 class Timing(NamedTuple):
@@ -34,13 +53,17 @@ class Candidate(NamedTuple):
     Attributes:
       run: runs that many dependent repetitions, to the end.
       memory: bytes at its peak beyond the inputs, outputs included; None where it is not known.
+      results: runs it once and returns what it computes; None where that is not checked.
     """
 
     run: Callable[[int], None]
     memory: int | None
+    results: Callable[[], Any] | None = None
 
 
-def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candidate:
+def jax_candidate(
+    f: Callable[..., Any], operands: Sequence[jax.Array], compiler_options: dict[str, Any] | None = None
+) -> Candidate:
     """A function of JAX arrays.
 
     Repetitions are a loop in one program. The operands pass through a barrier together with a number that every
@@ -48,7 +71,7 @@ def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candi
     size of an operand is written beside the function's own work.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def repeat(repetitions, *operands):
         def once(_, total):
             total, *inputs = jax.lax.optimization_barrier((total, *operands))
@@ -57,28 +80,59 @@ def jax_candidate(f: Callable[..., Any], operands: Sequence[jax.Array]) -> Candi
 
         return jax.lax.fori_loop(0, repetitions, once, jnp.float32(0))
 
-    memory = jax.jit(f).lower(*operands).compile().memory_analysis()
+    single = jax.jit(f, compiler_options=compiler_options).lower(*operands).compile()
+    memory = single.memory_analysis()
     return Candidate(
         lambda repetitions: jax.block_until_ready(repeat(repetitions, *operands)),
         memory.temp_size_in_bytes + memory.output_size_in_bytes,
+        lambda: single(*operands),
     )
 
 
-def torch_candidate(f: Callable[[], Any]) -> Candidate:
-    """A function of torch CUDA tensors that it closes over; repetitions on one stream wait for each other."""
+def torch_candidate(f: Callable[[], Any], *, graph: bool) -> Candidate:
+    """A function of torch CUDA tensors that it closes over; repetitions on one stream wait for each other.
+
+    Args:
+      graph: repetitions are captured once in a CUDA graph, so that nothing waits for the host; where `f` cannot be
+        captured, and with False (for what reads results back on the way), they are launched one by one.
+    """
     import torch
 
-    def run(repetitions):
-        for _ in range(repetitions):
-            f()
-        torch.cuda.synchronize()
-
+    f()  # compiles, and chooses its blocks
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run(1)
-    return Candidate(run, torch.cuda.max_memory_allocated() - before)
+    f()
+    torch.cuda.synchronize()
+    memory = torch.cuda.max_memory_allocated() - before
+    captured: dict[int, Any] = {}
+
+    def capture(repetitions):
+        with torch.cuda.graph(whole := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            for _ in range(repetitions):
+                f()
+        return whole
+
+    def launch(repetitions):
+        for _ in range(repetitions):
+            f()
+        torch.cuda.synchronize()
+
+    def replay(repetitions):
+        if repetitions not in captured:
+            captured[repetitions] = capture(repetitions)
+        captured[repetitions].replay()
+        torch.cuda.synchronize()
+
+    run = launch
+    if graph:
+        try:
+            captured[1] = capture(1)
+            run = replay
+        except RuntimeError as error:
+            log.info("not captured in a CUDA graph: %s", str(error).splitlines()[0])
+    return Candidate(run, memory, f)
 
 
 def measure(candidates: Mapping[str, Candidate], *, repetitions: int, rounds: int) -> dict[str, Timing]:
@@ -117,7 +171,15 @@ def machine() -> dict[str, Any]:
         "platform": device.platform,
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _seconds(run: Callable[[int], None], repetitions: int) -> float:

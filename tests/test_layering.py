@@ -32,7 +32,8 @@ ALLOWED = {
     "eval": {"eval", "rewards", "data"} | BASE,
 }
 COMMANDS = {"train", "train_config", "objectives", "generate", "score", "scoring", "teacher_logits", "plan", "load", "bench", "__init__"}
-PEERS = {"kernels.measure", "kernels.peers", "bench.peers"}  # import what they compare with, where it is installed
+# These import what they compare with, where it is installed.
+PEERS = {"kernels.measure", "kernels.attention_peers", "kernels.vocabulary_peers", "bench.peers"}
 COMMAND_MODULES = {"eval.__main__", "data.__main__", "convert.__main__", "bench.__main__"}
 
 
