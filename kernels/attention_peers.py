@@ -1,8 +1,9 @@
 """The other implementations of attention that the benchmark runs beside ours, where they are installed.
 
 Each function returns {name: function}, or raises ImportError where its library is missing. A name is LIBRARY_how. JAX
-peers take q [B, T, N, H] and k, v [B, T, K, H]; torch peers hold tensors that share the same memory. What a library
-needs besides (views in another order, keys copied to all heads, a mask) is made inside, so it counts.
+peers take q [B, T, N, H], k and v [B, T, K, H] and the segment ids; torch peers hold tensors that share the same memory.
+What a library needs besides (views in another order, keys copied to all heads, a mask) is made inside, so it counts;
+offsets of the documents, which a data loader knows, are given.
 """
 
 import inspect
@@ -22,11 +23,11 @@ MOST_MASKED = 8192
 """The longest row for which the T × T mask, here for information, is run."""
 
 
-def jax_attention(lengths: list[list[int]] | None, segment_ids: jax.Array) -> Functions:
+def jax_attention(lengths: list[list[int]] | None, T: int) -> Functions:
     """cuDNN through JAX: plain causal for dense rows; for packed ones offsets and, the public way, a bool mask."""
     attend = jax.nn.dot_product_attention
     if lengths is None:
-        return {"cudnn_jax": lambda q, k, v: attend(q, k, v, is_causal=True, implementation="cudnn")}
+        return {"cudnn_jax": lambda q, k, v, _: attend(q, k, v, is_causal=True, implementation="cudnn")}
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     most = max(map(len, lengths))
@@ -35,7 +36,7 @@ def jax_attention(lengths: list[list[int]] | None, segment_ids: jax.Array) -> Fu
     for b, row in enumerate(lengths):
         offsets[b, : len(row) + 1], sizes[b, : len(row)] = np.r_[0, np.cumsum(row)], row
 
-    def with_offsets(q, k, v):
+    def with_offsets(q, k, v, _):
         return dot_product_attention(
             q,
             k,
@@ -48,13 +49,13 @@ def jax_attention(lengths: list[list[int]] | None, segment_ids: jax.Array) -> Fu
             mask_type=MaskType.PADDING_CAUSAL,
         )
 
-    def with_mask(q, k, v):
-        t = jnp.arange(q.shape[1])
+    def with_mask(q, k, v, segment_ids):
+        t = jnp.arange(T)
         mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & (t[:, None] >= t)
         return attend(q, k, v, mask=mask, implementation="cudnn")
 
     found = {"cudnn_jax_offsets": with_offsets}
-    return found | ({"cudnn-mask_jax": with_mask} if segment_ids.shape[1] <= MOST_MASKED else {})
+    return found | ({"cudnn-mask_jax": with_mask} if T <= MOST_MASKED else {})
 
 
 def flash_attention_3(lengths: list[list[int]] | None) -> Functions:
@@ -62,11 +63,11 @@ def flash_attention_3(lengths: list[list[int]] | None) -> Functions:
     import dew_flash_attn
 
     if lengths is None:
-        return {"fa3_jax": lambda q, k, v: dew_flash_attn.flash_mha(q, k, v, is_causal=True)}
+        return {"fa3_jax": lambda q, k, v, _: dew_flash_attn.flash_mha(q, k, v, is_causal=True)}
     flat = [length for row in lengths for length in row]
     starts = jnp.asarray(np.r_[0, np.cumsum(flat)], jnp.int32)
 
-    def varlen(q, k, v):
+    def varlen(q, k, v, _):
         joined = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
         return dew_flash_attn.flash_mha_varlen(*joined, starts, max(flat), is_causal=True).reshape(q.shape)
 
@@ -81,10 +82,10 @@ def tokamax_attention(lengths: list[list[int]] | None) -> Functions:
 
     attend = PallasMosaicGpuFlashAttention()
     if lengths is None:
-        return {"tokamax_mosaic_gpu": lambda q, k, v: attend(q, k, v, mask=Mask(is_causal=True))}
+        return {"tokamax_mosaic_gpu": lambda q, k, v, _: attend(q, k, v, mask=Mask(is_causal=True))}
     starts = [np.repeat(np.r_[0, np.cumsum(row)[:-1]], row) for row in lengths]
     first = jnp.asarray(np.stack(starts)[:, None], jnp.int32)
-    return {"tokamax_mosaic_gpu": lambda q, k, v: attend(q, k, v, mask=Mask(k_start=first, is_causal=True))}
+    return {"tokamax_mosaic_gpu": lambda q, k, v, _: attend(q, k, v, mask=Mask(k_start=first, is_causal=True))}
 
 
 def torch_attention(

@@ -163,7 +163,9 @@ def _run(work: Work, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _error(got: dict[str, Any], want: dict[str, np.ndarray]) -> float:
     """The largest ‖got - want‖ / ‖want‖ of the tensors that are in both; NaN where one is."""
-    errors = [np.linalg.norm(_host(got[name]) - want[name]) / np.linalg.norm(want[name]) for name in got if name in want]
+    errors = [
+        np.linalg.norm(_host(got[name]) - want[name]) / np.linalg.norm(want[name]) for name in got if name in want
+    ]
     return float(np.max(errors, initial=0.0))
 
 

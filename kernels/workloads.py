@@ -106,32 +106,33 @@ def attention_work(case: AttentionCase) -> Iterable[Work]:
         heads = {"out": slice(N // K), "dq": slice(N // K), "dk": 0, "dv": 0}
         return {name: x[0, :, heads[name]] for name, x in results.items()}
 
-    def ours(backend, q, k, v):
+    def ours(backend, q, k, v, segment_ids):
         plan = make_plan(segment_ids, backend=backend)
         return attention(q, k, v, q_segment_ids=segment_ids, backend=backend, plan=plan)
 
     best = packed_backend(jax.devices()[0], jnp.bfloat16, H)
     functions = {f"dqjax_{backend}": functools.partial(ours, backend) for backend in _ours(best)}
-    functions |= _installed(lambda: attention_peers.jax_attention(lengths, segment_ids))
+    functions |= _installed(lambda: attention_peers.jax_attention(lengths, T))
     functions |= _installed(lambda: attention_peers.flash_attention_3(lengths))
     functions |= _installed(lambda: attention_peers.tokamax_attention(lengths))
 
+    q, k, v, d_out = arrays.values()
+
     def candidate(f, backward, options=None):
         if not backward:
-            return jax_candidate(lambda q, k, v: {"out": f(q, k, v)}, list(arrays.values())[:3])
+            return jax_candidate(lambda *operands: {"out": f(*operands)}, (q, k, v, segment_ids))
 
-        def gradients(q, k, v, d_out):
-            return dict(zip(("dq", "dk", "dv"), jax.vjp(f, q, k, v)[1](d_out), strict=True))
+        def gradients(q, k, v, segment_ids, d_out):
+            pullback = jax.vjp(lambda q, k, v: f(q, k, v, segment_ids), q, k, v)[1]
+            return dict(zip(("dq", "dk", "dv"), pullback(d_out), strict=True))
 
-        return jax_candidate(gradients, list(arrays.values()), options)
+        return jax_candidate(gradients, (q, k, v, segment_ids, d_out), options)
 
     for backward in (False, True):
         candidates = {name: functools.partial(candidate, f, backward) for name, f in functions.items()}
         if backward and "cudnn_jax" in functions:
             options = attention_peers.DETERMINISTIC
-            candidates["cudnn-deterministic_jax"] = functools.partial(
-                candidate, functions["cudnn_jax"], True, options
-            )
+            candidates["cudnn-deterministic_jax"] = functools.partial(candidate, functions["cudnn_jax"], True, options)
         torch = _installed(lambda: attention_peers.torch_attention(arrays, lengths, segment_ids, backward))  # noqa: B023
         candidates |= {name: functools.partial(torch_candidate, f, graph=True) for name, f in torch.items()}
         direction = "forward+backward" if backward else "forward"

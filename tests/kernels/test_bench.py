@@ -1,12 +1,15 @@
 """The kernel benchmark runs on a CPU, times what it says and tells failures apart."""
 
+import argparse
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from dqjax.kernels import bench, exact, vocabulary_peers, workloads
+from dqjax.kernels import bench, workloads
 from dqjax.kernels.measure import Candidate, jax_candidate, measure
 
 
@@ -60,7 +63,8 @@ def test_what_ties_within_the_spread_is_bold_and_a_ceiling_never_is():
         "flex_attention": {"error": "absent"},
     }
     row = {"kernel": "decode", "direction": "forward", "B": 1, "S": 2, "N": 4, "K": 2, "H": 64, "results": results}
-    assert bench.markdown([row])[0].splitlines()[-1] == "| 1 × 2 | 4/2 of 64 | forward | **1.00** | **1.04** | 1.10 | 0.50 |"
+    line = bench.markdown([row])[0].splitlines()[-1]
+    assert line == "| 1 × 2 | 4/2 of 64 | forward | **1.00** | **1.04** | 1.10 | 0.50 |"
 
 
 def test_a_wrong_kernel_is_not_timed_and_fails_the_run(monkeypatch):
@@ -73,6 +77,34 @@ def test_a_wrong_kernel_is_not_timed_and_fails_the_run(monkeypatch):
     monkeypatch.setattr(bench, "_show", rows.append)
     assert bench.main([*SMALL, "--only", "attention"]) == 1
     assert all("wrong by" in row["results"]["dqjax_xla"]["error"] for row in rows)
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    """The values are right, their derivative is too large by a tenth."""
+
+    def wrong(*args, **kwargs):
+        out = attention(*args, **kwargs)
+        return 1.1 * out - jax.lax.stop_gradient(0.1 * out)
+
+    attention = workloads.attention
+    monkeypatch.setattr(workloads, "attention", wrong)
+    rows = []
+    monkeypatch.setattr(bench, "_show", rows.append)
+    assert bench.main([*SMALL, "--only", "attention", "--cases", "1"]) == 1
+    forward, both = (row["results"]["dqjax_xla"] for row in rows)
+    assert "ms" in forward and "wrong by" in both["error"]
+
+
+def test_what_approximates_is_timed_with_its_error():
+    def candidate():
+        return jax_candidate(lambda x: {"out": 1.2 * x}, (jnp.ones(8),))
+
+    want, part = {"out": np.ones(8)}, lambda results: results
+    candidates = {"one": candidate, "other": candidate}
+    work = workloads.Work("forward", 1.0, want, part, candidates, approximate=("one",))
+    results = bench._run(work, argparse.Namespace(repetitions=1, rounds=1))
+    assert "ms" in results["one"] and results["one"]["relative_error"] == pytest.approx(0.2)
+    assert "wrong by 0.2" in results["other"]["error"]
 
 
 def test_time_is_the_difference_of_n_and_2n(monkeypatch):
