@@ -5,12 +5,15 @@ held against. Liger and Cut Cross-Entropy run where they are installed. All loss
 """
 
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+log = logging.getLogger(__name__)
 
 Loss = Callable[..., tuple[Float[Array, ""], Float[Array, "M"]]]
 
@@ -89,5 +92,6 @@ def torch_losses(
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except ImportError as error:
+        log.info("peer left out: %s", error)
         return None

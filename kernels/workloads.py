@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 ROWS_CHECKED = 64
 """Of a vocabulary's problem."""
 
+LONGEST_IN_XLA = 8192
+"""The longest row for which our plain XLA form is timed beside a kernel."""
+
 
 class AttentionCase(NamedTuple):
     """B rows of T tokens; documents of `mean` tokens on average, 0 for one a row."""
@@ -111,7 +114,8 @@ def attention_work(case: AttentionCase) -> Iterable[Work]:
         return attention(q, k, v, q_segment_ids=segment_ids, backend=backend, plan=plan)
 
     best = packed_backend(jax.devices()[0], jnp.bfloat16, H)
-    functions = {f"dqjax_{backend}": functools.partial(ours, backend) for backend in _ours(best)}
+    backends = _ours(best) if T <= LONGEST_IN_XLA else (best,)
+    functions = {f"dqjax_{backend}": functools.partial(ours, backend) for backend in backends}
     functions |= _installed(lambda: attention_peers.jax_attention(lengths, T))
     functions |= _installed(lambda: attention_peers.flash_attention_3(lengths))
     functions |= _installed(lambda: attention_peers.tokamax_attention(lengths))
