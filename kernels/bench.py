@@ -4,6 +4,8 @@
     python -m dqjax.bench kernels --only attention --cases 0 1 --out FILE    two of its shapes; other rows of FILE stay
     python -m dqjax.bench kernels --size small --only decode           seconds on a CPU; proves that it runs
     python -m dqjax.bench kernels --table kernels/results/h200.json    the tables of earlier results, in Markdown
+    python -m dqjax.bench kernels --tune --only decode vocabulary      times our legal choices of blocks; writes the
+                                                                       table that kernels on such a device read
 
 Every candidate is checked against float64 on part of the problem before it is timed (`exact.py`), gradients where it
 computes them; one that is missing, wrong or fails is listed with the reason. Times are milliseconds, memory bytes beyond
@@ -18,15 +20,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
+from dqjax.kernels.exact import TOLERANCE, relative_error
 from dqjax.kernels.measure import Candidate, jax_candidate, machine, measure, product_rate
+from dqjax.kernels.tuning.lookup import path_for
+from dqjax.kernels.tuning.tune import tune
 from dqjax.kernels.workloads import CASES, GENERATORS, Work
 
 log = logging.getLogger(__name__)
-
-TOLERANCE = 2.0**-6
-"""Relative error of a bfloat16 candidate that counts as right."""
 
 CEILINGS = ("read",)
 """Candidates that do less than the work: what the machine could do at best."""
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=CASES, default="full")
     parser.add_argument("--only", choices=CASES["full"], nargs="+", default=list(CASES["full"]))
     parser.add_argument("--cases", type=int, nargs="+", metavar="I", help="these shapes of each kernel, counted from 0")
+    parser.add_argument("--tune", action="store_true", help="write a table of blocks, to --out or beside the kernels")
     parser.add_argument("--repetitions", type=int, default=4, help="n of n and 2n")
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args(argv)
@@ -57,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if not chosen:
         parser.error(f"--cases: {options.only} have no shape of these numbers {options.cases}")
+    if options.tune:
+        works = (work for kernel, case in chosen for work in GENERATORS[kernel](case))
+        tune(works, options.out or path_for(jax.devices()[0].device_kind), options.repetitions, options.rounds)
+        return 0
     rows = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     run = {
         "machine": machine(),
@@ -145,7 +151,7 @@ def _run(work: Work, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for name, make in work.candidates.items():
         try:
             candidate = make()
-            error = _error(work.part(candidate.results()), work.want)
+            error = relative_error(work.part(candidate.results()), work.want)
             if not error <= TOLERANCE and name not in work.approximate:
                 raise ArithmeticError(f"wrong by {error:.3g}, allowed {TOLERANCE:.3g}")
             ready[name], results[name] = candidate, {"relative_error": error}
@@ -159,18 +165,6 @@ def _run(work: Work, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "memory_bytes": ready[name].memory,
         }
     return results
-
-
-def _error(got: dict[str, Any], want: dict[str, np.ndarray]) -> float:
-    """The largest ‖got - want‖ / ‖want‖ of the tensors that are in both; NaN where one is."""
-    errors = [
-        np.linalg.norm(_host(got[name]) - want[name]) / np.linalg.norm(want[name]) for name in got if name in want
-    ]
-    return float(np.max(errors, initial=0.0))
-
-
-def _host(x: Any) -> np.ndarray:
-    return np.asarray(x, np.float64) if isinstance(x, jax.Array) else x.detach().double().cpu().numpy()
 
 
 def _ceilings(options: argparse.Namespace) -> dict[str, float]:

@@ -12,6 +12,21 @@ from jaxtyping import Array, Float, Int
 Part = dict[str, np.ndarray]
 """Results by name, cut down to the part that was computed."""
 
+TOLERANCE = 2.0**-6
+"""Relative error of a bfloat16 candidate that counts as right."""
+
+
+def relative_error(got: dict[str, Any], want: Part) -> float:
+    """The largest ‖got - want‖ / ‖want‖ of the tensors that are in both, JAX's or torch's; NaN where one is."""
+    errors = [
+        np.linalg.norm(_host(x) - want[name]) / np.linalg.norm(want[name]) for name, x in got.items() if name in want
+    ]
+    return float(np.max(errors, initial=0.0))
+
+
+def _host(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64) if isinstance(x, jax.Array) else x.detach().double().cpu().numpy()
+
 
 def attention_head(
     q: Float[Array, "B T N H"],

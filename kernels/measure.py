@@ -80,10 +80,11 @@ def jax_candidate(
 
         return jax.lax.fori_loop(0, repetitions, once, jnp.float32(0))
 
+    many = repeat.lower(0, *operands).compile()
     single = jax.jit(f, compiler_options=compiler_options).lower(*operands).compile()
     memory = single.memory_analysis()
     return Candidate(
-        lambda repetitions: jax.block_until_ready(repeat(repetitions, *operands)),
+        lambda repetitions: jax.block_until_ready(many(repetitions, *operands)),
         memory.temp_size_in_bytes + memory.output_size_in_bytes,
         lambda: single(*operands),
     )

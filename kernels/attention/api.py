@@ -19,6 +19,7 @@ from dqjax.kernels.attention.shapes import check_shapes, check_variant, complete
 from dqjax.kernels.attention.tpu_backward import TPU
 from dqjax.kernels.attention.vjp import Kernel, attend
 from dqjax.kernels.attention.xla import XLA
+from dqjax.kernels.tuning.lookup import Problem, chosen
 from dqjax.kernels.varying import vary, varying_axes
 
 log = logging.getLogger(__name__)
@@ -152,16 +153,21 @@ def make_plan(
 
 
 def default_blocks(backend: str, length_q: int, length_kv: int) -> tuple[int, int]:
-    """Tokens in a block of queries and in one of keys.
+    """Tokens in a block of queries and in one of keys: by the table of this kind of device, or by rule.
 
     TPU tiles are multiples of 128 lanes. In plain XLA small blocks skip more and large ones loop less: a row of 1024
     tokens in documents of 64, forward and backward on two CPU cores, took 7 ms with blocks of 64, 12 with 128, 17 with
     256 and 58 with one block of 1024.
     """
     if backend == "tpu":
-        return tuple(min(512, -(-length // 128) * 128) for length in (length_q, length_kv))
-    most = 128 if jax.default_backend() == "cpu" else 512
-    return min(most, length_q), min(most, length_kv)
+        whole, sizes, rule = [-(-length // 128) * 128 for length in (length_q, length_kv)], (256, 512, 1024), 512
+    else:
+        whole, sizes = [length_q, length_kv], (64, 128, 256, 512)
+        rule = 128 if jax.default_backend() == "cpu" else 512
+    legal = dict.fromkeys((min(q, whole[0]), min(kv, whole[1])) for q in sizes for kv in sizes)
+    # A plan is made before dtype and heads are known: one serves all layers.
+    problem = Problem("attention", backend, None, None, None, length_q, length_kv)
+    return chosen(problem, list(legal), (min(rule, whole[0]), min(rule, whole[1])))
 
 
 def _plan(

@@ -15,7 +15,6 @@ That is K times the arithmetic and still less than the fetch: decoding waits for
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -23,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.attention.mask import Variant
+from dqjax.kernels.tuning.lookup import Problem, chosen
 from dqjax.kernels.varying import typed_shape, varying_axes
 
 BLOCK_BYTES = 2**20
@@ -41,7 +41,8 @@ def tpu_decode_attention(
     """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite."""
     B, N, H = q.shape
     S, K = k_cache.shape[1:3]
-    slots = _slots_in_block(S, K * H * k_cache.dtype.itemsize)
+    problem = Problem("decode_attention", "tpu", k_cache.dtype.name, H, N // K, B * K, S)
+    slots = chosen(problem, *_slots_in_block(S, K * H * k_cache.dtype.itemsize))
     lengths = lengths.astype(jnp.int32)
     first = jnp.zeros_like(lengths) if variant.window is None else jnp.maximum(lengths - variant.window, 0) // slots
     blocks = jnp.maximum(-(-lengths // slots) - first, 1)  # one idle step for an empty sequence, to write its zeros
@@ -122,13 +123,13 @@ def _product(a: Any, b: Any, letters: str) -> Any:
     return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _slots_in_block(capacity: int, bytes_per_slot: int) -> int:
-    """The largest power of two that divides the cache and fits `BLOCK_BYTES`."""
-    slots = capacity & -capacity
-    while slots * bytes_per_slot > BLOCK_BYTES and slots > LEAST_SLOTS:
-        slots //= 2
-    if slots < LEAST_SLOTS:
+def _slots_in_block(capacity: int, bytes_per_slot: int) -> tuple[list[int], int]:
+    """The powers of two that divide the cache and fit `BLOCK_BYTES` twice; and the largest that fits it once."""
+    divisor = capacity & -capacity
+    if divisor < LEAST_SLOTS:
         raise NotImplementedError(
             f"decode_attention: backend 'tpu' needs a cache of whole blocks of {LEAST_SLOTS} slots, got {capacity}"
         )
-    return slots
+    sizes = [LEAST_SLOTS << i for i in range((divisor // LEAST_SLOTS).bit_length())]
+    sizes = [slots for slots in sizes if slots * bytes_per_slot <= 2 * BLOCK_BYTES] or sizes[:1]
+    return sizes, max((slots for slots in sizes if slots * bytes_per_slot <= BLOCK_BYTES), default=sizes[0])

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from dqjax.kernels.linear_logprob import mosaic_gpu, over_vocabulary
 from dqjax.kernels.linear_logprob.head import MASKED, Head
 from dqjax.kernels.linear_logprob.labels import label_logits, put, shard_limit
+from dqjax.kernels.linear_logprob.tiles import tile_size
 from dqjax.kernels.varying import vary, varying_axes
 
 TILE = 2**28
@@ -60,7 +61,8 @@ def _backward(head, saved, cotangents):
         dw_rows = jnp.einsum("MV,MD->VD", dz, x, preferred_element_type=jnp.float32).astype(w.dtype)
         return dx, lax.dynamic_update_slice_in_dim(dw, dw_rows, start, axis=0)
 
-    size = min(V, max(over_vocabulary.LEAST_COLUMNS, TILE // M // mosaic_gpu.COLUMNS * mosaic_gpu.COLUMNS))
+    tile = tile_size("vocabulary_logprob", "mosaic_gpu", x, V, TILE)
+    size = min(V, max(over_vocabulary.LEAST_COLUMNS, tile // M // mosaic_gpu.COLUMNS * mosaic_gpu.COLUMNS))
     carry = vary((jnp.zeros(x.shape, jnp.float32), jnp.zeros(w.shape, w.dtype)), varying_axes(x))
     carry = lax.fori_loop(0, V // size, lambda i, carry: chunk(i * size, size, carry), carry)
     dx, dw = chunk(V - V % size, V % size, carry) if V % size else carry

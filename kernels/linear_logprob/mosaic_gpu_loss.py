@@ -26,6 +26,7 @@ from dqjax.kernels.linear_logprob.head import MASKED, Head
 from dqjax.kernels.linear_logprob.labels import label_logits, put, shard_limit
 from dqjax.kernels.linear_logprob.mosaic_gpu_logprob import log_normaliser
 from dqjax.kernels.linear_logprob.objectives import CrossEntropy
+from dqjax.kernels.linear_logprob.tiles import tile_size
 from dqjax.kernels.varying import vary, varying_axes
 
 TILE = 5 * 2**26
@@ -66,7 +67,7 @@ def gradients(
     (M, D), V = x.shape, len(w)
     _, limit = shard_limit(head, V)
     at_label, place = label_logits(head, x, w, labels)
-    chunks = -(-M // max(over_rows.LEAST_ROWS, TILE // V))
+    chunks = -(-M // max(over_rows.LEAST_ROWS, tile_size("weighted_rows", "mosaic_gpu", x, V, TILE) // V))
     per_chunk = -(-M // (chunks * mosaic_gpu.TALL)) * mosaic_gpu.TALL
 
     def split(a):

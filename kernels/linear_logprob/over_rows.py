@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dqjax.kernels.linear_logprob.head import Head
+from dqjax.kernels.linear_logprob.tiles import tile_size
 from dqjax.kernels.varying import vary, varying_axes
 
 TILE = 2**25
@@ -131,7 +132,7 @@ def _grade(objective, head, x, w, weight, rows, table):
 def _over_chunks(chunk, carry, x, w, weight, rows, table):
     """Runs `chunk` over the rows; returns the last carry and the stacked outputs as arrays that lead with M."""
     M, width = x.shape[0], len(w) + (0 if table is None else len(table))
-    tile = GPU_TILE if jax.default_backend() == "gpu" else TILE
+    tile = tile_size("weighted_rows", "xla", x, width, GPU_TILE if jax.default_backend() == "gpu" else TILE)
     chunks = -(-M // max(LEAST_ROWS, tile // width))
     if chunks == 1:
         return chunk(carry, x, weight, rows)

@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.linear_logprob.head import MASKED, Head
+from dqjax.kernels.linear_logprob.tiles import tile_size
 from dqjax.kernels.varying import vary, varying_axes
 
 TILE = 2**25
@@ -92,7 +93,7 @@ def _forward(head, x, w, labels):
 
     zero = jnp.zeros(M, wide)
     start = vary((jnp.full(M, MASKED, wide), zero, zero, zero), varying_axes(x))
-    peak, s, t, at_label = _over_columns(M, V, chunk, start)
+    peak, s, t, at_label = _over_columns(x, V, chunk, start)
     common = head.max(peak)
     s, t = (head.sum(y) for y in rescaled(s, t, peak - common))
     lse, entropy = common + jnp.log(s), jnp.log(s) - t / s
@@ -120,7 +121,7 @@ def _backward(head, saved, cotangents):
         return dx, dw_rows if size == V else lax.dynamic_update_slice_in_dim(dw, dw_rows, start, axis=0)
 
     zeros = jnp.zeros(x.shape, wide), jnp.zeros(w.shape, w.dtype)
-    dx, dw = _over_columns(M, V, chunk, vary(zeros, varying_axes(x)))
+    dx, dw = _over_columns(x, V, chunk, vary(zeros, varying_axes(x)))
     return dx.astype(x.dtype), dw, None
 
 
@@ -138,9 +139,10 @@ def _table_rows(w, start, size):
     return w if size == w.shape[0] else lax.dynamic_slice_in_dim(w, start, size, axis=0)
 
 
-def _over_columns(M, V, chunk, carry):
+def _over_columns(x, V, chunk, carry):
     """Runs `chunk(carry, start, size)` over the V columns: equal chunks in a loop, what is left over by itself."""
-    tile = GPU_TILE if jax.default_backend() == "gpu" else TILE
+    M = x.shape[0]
+    tile = tile_size("vocabulary_logprob", "xla", x, V, GPU_TILE if jax.default_backend() == "gpu" else TILE)
     size = max(LEAST_COLUMNS, tile // M // 128 * 128)
     if size >= V:
         return chunk(carry, 0, V)
