@@ -17,6 +17,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -148,7 +149,9 @@ def _run(work: Work, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Results of all candidates; an error stands in place of the figures of one that cannot be timed."""
     results: dict[str, dict[str, Any]] = {}
     ready: dict[str, Candidate] = {}
-    for name, make in work.candidates.items():
+    with ThreadPoolExecutor() as pool:
+        made = {name: pool.submit(make).result for name, make in work.candidates.items()}
+    for name, make in (made | work.in_torch).items():
         try:
             candidate = make()
             error = relative_error(work.part(candidate.results()), work.want)

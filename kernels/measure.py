@@ -5,7 +5,6 @@ host's clock fall out. Candidates take turns, and the median over the rounds is 
 """
 
 import datetime
-import functools
 import importlib.metadata
 import logging
 import platform
@@ -66,27 +65,27 @@ def jax_candidate(
 ) -> Candidate:
     """A function of JAX arrays.
 
-    Repetitions are a loop in one program. The operands pass through a barrier together with a number that every
-    repetition takes from all results of the one before, so that nothing can be moved out of the loop, and nothing the
-    size of an operand is written beside the function's own work.
+    Repetitions are a loop in one program, which returns the results of the last. The operands pass through a barrier
+    together with a number that every repetition takes from all results of the one before, so that nothing can be moved
+    out of the loop, and nothing the size of an operand is written beside the function's own work.
     """
+    shapes = jax.eval_shape(f, *operands)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options)
     def repeat(repetitions, *operands):
-        def once(_, total):
-            total, *inputs = jax.lax.optimization_barrier((total, *operands))
-            results = jax.lax.optimization_barrier(jax.tree.leaves(f(*inputs)))  # else only what is read was computed
-            return sum((r.reshape(-1)[-1].astype(jnp.float32) for r in results), total)
+        def once(_, carry):
+            total, *inputs = jax.lax.optimization_barrier((carry[0], *operands))
+            results = jax.lax.optimization_barrier(f(*inputs))  # else only what is read was computed
+            return sum((r.reshape(-1)[-1].astype(jnp.float32) for r in jax.tree.leaves(results)), total), results
 
-        return jax.lax.fori_loop(0, repetitions, once, jnp.float32(0))
+        blank = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), shapes)
+        return jax.lax.fori_loop(0, repetitions, once, (jnp.float32(0), blank))[1]
 
-    many = repeat.lower(0, *operands).compile()
-    single = jax.jit(f, compiler_options=compiler_options).lower(*operands).compile()
-    memory = single.memory_analysis()
+    compiled = jax.jit(repeat, compiler_options=compiler_options).lower(0, *operands).compile()
+    memory = compiled.memory_analysis()
     return Candidate(
-        lambda repetitions: jax.block_until_ready(many(repetitions, *operands)),
+        lambda repetitions: jax.block_until_ready(compiled(repetitions, *operands)),
         memory.temp_size_in_bytes + memory.output_size_in_bytes,
-        lambda: single(*operands),
+        lambda: compiled(1, *operands),
     )
 
 

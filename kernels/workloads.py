@@ -81,7 +81,8 @@ class Work(NamedTuple):
       flops: of the arithmetic that the result needs.
       want: part of the right results, in float64.
       part: cuts the results of a candidate, by name, down to that part.
-      candidates: by name, LIBRARY_how; made one at a time, since each holds compiled code and buffers.
+      candidates: by name, LIBRARY_how; to be compiled side by side.
+      in_torch: likewise, to be made one after the other.
       approximate: candidates to time however far they are from `want`.
     """
 
@@ -90,6 +91,7 @@ class Work(NamedTuple):
     want: exact.Part
     part: Callable[[dict[str, Any]], dict[str, Any]]
     candidates: dict[str, Callable[[], Candidate]]
+    in_torch: dict[str, Callable[[], Candidate]] = {}  # noqa: RUF012
     approximate: tuple[str, ...] = ()
 
 
@@ -138,9 +140,9 @@ def attention_work(case: AttentionCase) -> Iterable[Work]:
             options = attention_peers.DETERMINISTIC
             candidates["cudnn-deterministic_jax"] = functools.partial(candidate, functions["cudnn_jax"], True, options)
         torch = _installed(lambda: attention_peers.torch_attention(arrays, lengths, segment_ids, backward))  # noqa: B023
-        candidates |= {name: functools.partial(torch_candidate, f, graph=True) for name, f in torch.items()}
+        in_torch = {name: functools.partial(torch_candidate, f, graph=True) for name, f in torch.items()}
         direction = "forward+backward" if backward else "forward"
-        yield Work(direction, useful * (3.5 if backward else 1), want, part, candidates)
+        yield Work(direction, useful * (3.5 if backward else 1), want, part, candidates, in_torch)
 
 
 def decode_work(case: DecodeCase) -> Iterable[Work]:
@@ -205,10 +207,10 @@ def vocabulary_work(case: VocabularyCase) -> Iterable[Work]:
         functions["full_logits"] = full[name]
         candidates = {key: functools.partial(candidate, of, operands) for key, of in functions.items()}
         torch = _installed(lambda: vocabulary_peers.torch_losses(name, x, w, labels, x_teacher))  # noqa: B023
-        candidates |= {key: functools.partial(torch_candidate, of, graph=False) for key, of in torch.items()}
+        in_torch = {key: functools.partial(torch_candidate, of, graph=False) for key, of in torch.items()}
         want = exact.vocabulary_rows(exactly[name], x[few], w, *(a[few] for a in operands[2:]))
         flops = 2.0 * products * M * D * V
-        yield Work(f"{name} forward+backward", flops, want, part, candidates, vocabulary_peers.APPROXIMATE)
+        yield Work(f"{name} forward+backward", flops, want, part, candidates, in_torch, vocabulary_peers.APPROXIMATE)
 
 
 GENERATORS: dict[str, Callable[[Any], Iterable[Work]]] = {
