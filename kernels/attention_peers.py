@@ -7,6 +7,7 @@ offsets of the documents, which a data loader knows, are given.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,6 +81,7 @@ def tokamax_attention(lengths: list[list[int]] | None) -> Functions:
     from tokamax._src.ops.attention.base import Mask
     from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every shape that it was not tuned for
     attend = PallasMosaicGpuFlashAttention()
     if lengths is None:
         return {"tokamax_mosaic_gpu": lambda q, k, v, _: attend(q, k, v, mask=Mask(is_causal=True))}

@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.table:
         print("\n\n".join(markdown(json.loads(options.table.read_text()))))
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("dqjax").setLevel(logging.INFO)
     chosen = [
         (kernel, case)
         for kernel in options.only

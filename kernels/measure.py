@@ -93,8 +93,8 @@ def torch_candidate(f: Callable[[], Any], *, graph: bool) -> Candidate:
     """A function of torch CUDA tensors that it closes over; repetitions on one stream wait for each other.
 
     Args:
-      graph: repetitions are captured once in a CUDA graph, so that nothing waits for the host; where `f` cannot be
-        captured, and with False (for what reads results back on the way), they are launched one by one.
+      graph: repetitions are captured once in a CUDA graph, so that nothing waits for the host, unless `f` itself reads
+        something back on its way; with False they are launched one by one.
     """
     import torch
 
@@ -125,14 +125,25 @@ def torch_candidate(f: Callable[[], Any], *, graph: bool) -> Candidate:
         captured[repetitions].replay()
         torch.cuda.synchronize()
 
-    run = launch
+    graph = graph and not _reads_back(f)
     if graph:
-        try:
-            captured[1] = capture(1)
-            run = replay
-        except RuntimeError as error:
-            log.info("not captured in a CUDA graph: %s", str(error).splitlines()[0])
-    return Candidate(run, memory, f)
+        captured[1] = capture(1)
+    return Candidate(replay if graph else launch, memory, f)
+
+
+def _reads_back(f: Callable[[], Any]) -> bool:
+    """Whether the host waits for the device in it. A capture that fails for that would spoil torch's allocator."""
+    import torch
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        f()
+    except RuntimeError as error:
+        log.info("not captured in a CUDA graph: %s", str(error).splitlines()[0])
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def measure(candidates: Mapping[str, Candidate], *, repetitions: int, rounds: int) -> dict[str, Timing]:
