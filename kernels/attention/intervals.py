@@ -26,6 +26,9 @@ from dqjax.kernels.attention.mask import Tokens
 TILE = 128
 """Queries of a tile in the forward and dq kernels, keys of one in the dk, dv kernel."""
 
+PART = TILE // 2
+"""What a warpgroup owns of a tile."""
+
 STEP_KV, STEP_Q = 128, 64
 """Keys that a tile of queries takes in a step, queries that a tile of keys takes."""
 
@@ -45,14 +48,16 @@ OUT_OF_ORDER = -1
 class IntervalPlan:
     """The intervals of a batch of rows; a pytree whose arrays lead with B and are sharded like the batch.
 
-    A tile's work is `steps` blocks of the other side, the first at token `start * ALIGNED`. Steps below `lower_to` need
-    a mask for one end of the intervals, steps from `upper_from` on for the other. Tiles are listed by falling work, so
-    that the last ones to run are short.
+    A tile's work is `steps` blocks of the other side, the first at token `start * ALIGNED`. A part of the tile needs those
+    from `begin` to before `end`. Of these, steps below `lower_to` need a mask for one end of the intervals, steps from
+    `upper_from` on for the other. Tiles are listed by falling work, so that the last ones to run are short.
 
     Attributes:
       lower, upper: [B, T'] int32 with T' whole tiles; both 0 where a query sees nothing.
-      q_tiles: [B, T' / TILE, 5] int32: tile of queries, start, steps of STEP_KV keys, lower_to, upper_from.
-      kv_tiles: [B, S' / TILE, 5] int32: tile of keys, start, steps of STEP_Q queries, lower_to, upper_from.
+      q_tiles: [B, T' / TILE, 11] int32: tile of queries, start, steps of STEP_KV keys; begin, lower_to, upper_from and
+        end of its first half, then of its second.
+      kv_tiles: [B, S' / TILE, 7] int32: tile of keys, start, steps of STEP_Q queries; the four of the whole tile, since
+        halves that skip steps were not faster there.
       length_q, length_kv: tokens in a row.
       causal, window: the mask that the plan was made for.
     """
@@ -157,16 +162,14 @@ def _running_max(x: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(within, earlier[:, :, None]).reshape(B, -1)[:, :T]
 
 
-def _tiles_of_queries(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B I 5"]:
-    B = len(lower)
-    lower, upper = (x.reshape(B, -1, TILE) for x in (lower, upper))
-    some = lower < upper
-    first = jnp.min(jnp.where(some, lower, length_kv), axis=2)
-    end = jnp.max(upper, axis=2)
-    return _listed(first, end, jnp.max(lower, axis=2), jnp.min(upper, axis=2), STEP_KV, length_kv, at_end=True)
+def _tiles_of_queries(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B I 11"]:
+    lower, upper = (x.reshape(len(lower), -1, 2, PART) for x in (lower, upper))
+    first = jnp.min(jnp.where(lower < upper, lower, length_kv), axis=3)
+    end = jnp.max(upper, axis=3)
+    return _listed(first, end, jnp.max(lower, axis=3), jnp.min(upper, axis=3), STEP_KV, length_kv, at_end=True)
 
 
-def _tiles_of_keys(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B J 5"]:
+def _tiles_of_keys(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B J 7"]:
     T = lower.shape[1]
     from_ = jnp.arange(0, length_kv, TILE)
     lower, upper, at = lower[:, :, None], upper[:, :, None], jnp.arange(T)[:, None]
@@ -174,27 +177,32 @@ def _tiles_of_keys(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv
     whole = (lower <= from_) & (upper >= from_ + TILE)
 
     def first(x):
-        return jnp.min(jnp.where(x, at, T), axis=1)
+        return jnp.min(jnp.where(x, at, T), axis=1)[..., None]
 
     def end(x):
-        return jnp.max(jnp.where(x, at + 1, 0), axis=1)
+        return jnp.max(jnp.where(x, at + 1, 0), axis=1)[..., None]
 
     return _listed(first(some), end(some), first(whole), end(whole), STEP_Q, T, at_end=False)
 
 
-def _listed(first, end, whole_first, whole_end, size: int, length: int, at_end: bool) -> Int[Array, "B I 5"]:
-    """The work of tiles that need the tokens first <= x < end in steps of `size`, by falling number of steps.
+def _listed(first, end, whole_first, whole_end, size: int, length: int, at_end: bool) -> Int[Array, "B I C"]:
+    """The work of tiles by falling number of steps; [B, I, P] `first` <= x < `end` are the tokens that their parts need.
 
     Steps are laid out from the end that causality cuts, so that its edge falls into as few of them as it can: the last
-    one ends at `end` or the first begins at `first`. All lie inside the row.
+    one ends at the last token needed or the first begins at the first. All lie inside the row.
     """
-    first, end = first // ALIGNED * ALIGNED, -(-end // ALIGNED) * ALIGNED
-    steps = jnp.maximum(-(-(end - first) // size), 0)
-    start = jnp.clip(end - steps * size if at_end else first, 0, length - steps * size)
-    lower_to = jnp.clip(-(-(whole_first - start) // size), 0, steps)
-    upper_from = jnp.clip((whole_end - start) // size, 0, steps)
+    tile_first = jnp.min(first, axis=2) // ALIGNED * ALIGNED
+    tile_end = -(-jnp.max(end, axis=2) // ALIGNED) * ALIGNED
+    steps = jnp.maximum(-(-(tile_end - tile_first) // size), 0)
+    start = jnp.clip(tile_end - steps * size if at_end else tile_first, 0, length - steps * size)
+    origin, most = start[..., None], steps[..., None]
+    begin = jnp.clip((first - origin) // size, 0, most)
+    finish = jnp.clip(-(-(end - origin) // size), begin, most)
+    lower_to = jnp.clip(-(-(whole_first - origin) // size), begin, finish)
+    upper_from = jnp.clip((whole_end - origin) // size, begin, finish)
     tile = jnp.broadcast_to(jnp.arange(steps.shape[1]), steps.shape)
-    table = jnp.stack([tile, start // ALIGNED, steps, lower_to, upper_from], axis=-1)
+    parts = jnp.stack([begin, lower_to, upper_from, finish], axis=-1).reshape(*steps.shape, -1)
+    table = jnp.concatenate([jnp.stack([tile, start // ALIGNED, steps], axis=-1), parts], axis=-1)
     # A sort would take longer than the attention of a short row: each tile counts those before it, in one fused pass.
     mine, other = (steps[:, :, None], tile[:, :, None]), (steps[:, None, :], tile[:, None, :])
     place = jnp.sum((other[0] > mine[0]) | ((other[0] == mine[0]) & (other[1] < mine[1])), axis=2)

@@ -2,8 +2,9 @@
 
 A block of threads owns a tile of 128 queries of one head. Two warpgroups compute 64 queries each, taking turns at the
 tensor cores (one multiplies while the other does its softmax, Shah et al., FlashAttention-3, 2024); a third fetches the
-next keys and values. Only the keys that the plan lists are fetched, and only blocks on the edge of a query's interval
-are masked.
+next keys and values. A turn is the product with the last block's values and, right behind it, the one with the next
+block's keys. Only the keys that the plan lists are fetched; a warpgroup passes over the blocks that only the other needs,
+and masks those on the edge of a query's interval.
 """
 
 import functools
@@ -17,14 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from dqjax.kernels.attention.intervals import ALIGNED, OUT_OF_ORDER, STEP_KV, TILE, IntervalPlan
+from dqjax.kernels.attention.intervals import ALIGNED, OUT_OF_ORDER, PART, STEP_KV, TILE, IntervalPlan
 from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
 from dqjax.kernels.varying import typed_shape, varying_axes
 
 LOG2E = math.log2(math.e)
-ROWS = TILE // 2
-"""Rows of a warpgroup."""
-
 SMS = 132
 """Multiprocessors of an H100 or H200; on a chip with fewer, some blocks of threads wait for a place."""
 
@@ -59,8 +57,8 @@ def forward(
             q_smem=plgpu.SMEM((TILE, H), q.dtype, transforms=TRANSFORMS),
             k_smem=plgpu.SMEM((STAGES, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
             v_smem=plgpu.SMEM((STAGES, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
-            out_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
-            lse_smem=plgpu.SMEM((2, ROWS), jnp.float32),
+            out_smem=plgpu.SMEM((2, PART, H), q.dtype, transforms=TRANSFORMS),
+            lse_smem=plgpu.SMEM((2, PART), jnp.float32),
             q_here=plgpu.Barrier(),
             k_here=plgpu.Barrier(num_barriers=STAGES),
             v_here=plgpu.Barrier(num_barriers=STAGES),
@@ -90,24 +88,24 @@ class Work(NamedTuple):
         """How many of them fall to a multiprocessor."""
         return lax.div(math.prod(self) - sm + SMS - 1, SMS)
 
-    def item(self, sm, turn, table):
-        """head, row, and the five numbers of the plan's entry; those of the last item past the end."""
+    def item(self, sm, turn, read):
+        """head, row, and what `read(row, index)` gives of the plan's entry; those of the last item past the end."""
         n = jnp.minimum(sm + turn * SMS, math.prod(self) - 1)
         row, index, head = lax.rem(n, self.rows), lax.rem(n // self.rows, self.tiles), n // (self.rows * self.tiles)
         rising = lax.rem(self.heads - 1 - head, 2) == 1
-        return head, row, *tile_work(table, row, jnp.where(rising, self.tiles - 1 - index, index))
+        return head, row, *read(row, jnp.where(rising, self.tiles - 1 - index, index))
 
 
-def over_items(work: Work, sm, table, body):
+def over_items(work: Work, sm, read, body):
     """Runs `body(item, steps before it) -> None` for the items of a multiprocessor, reading one entry ahead."""
 
     def one(turn, carry):
-        before, (head, row, tile, start, steps, *masks) = carry
-        upcoming = work.item(sm, turn + 1, table)
-        body((head, row, tile, start * ALIGNED, steps, *masks), before)
+        before, (head, row, tile, start, steps, *part) = carry
+        upcoming = work.item(sm, turn + 1, read)
+        body((head, row, tile, start * ALIGNED, steps, *part), before)
         return before + steps, upcoming
 
-    lax.fori_loop(0, work.share(sm), one, (jnp.int32(0), work.item(sm, jnp.int32(0), table)))
+    lax.fori_loop(0, work.share(sm), one, (jnp.int32(0), work.item(sm, jnp.int32(0), read)))
 
 
 def why_not_mosaic_gpu(dtype: jax.typing.DTypeLike, head_size: int, scale: float, *, kv_positions: bool) -> str | None:
@@ -137,25 +135,32 @@ def whole_tiles(x: Float[Array, "B T ..."]) -> Float[Array, "B T2 ..."]:
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % TILE)] + [(0, 0)] * (x.ndim - 2))
 
 
-def tile_work(table, row, index):
-    """The entry of a plan's tile table: tile, start in units of `ALIGNED`, steps, lower_to, upper_from.
+def tile_of(table, row, index):
+    """tile, start in units of `ALIGNED`, and steps of an entry of a plan's table.
 
     Only a product with `ALIGNED` next to its use shows the compiler that a copy is aligned.
     """
-    return tuple(table[row, index, i] for i in range(5))
+    return tuple(table[row, index, i] for i in range(3))
 
 
-def over_steps(step, lower, upper, entry, carry):
-    """Runs `step(lower, upper, i, carry) -> carry` for all steps of a tile, with None for bounds that need no test."""
-    steps, lower_to, upper_from = entry
-    first, last = jnp.minimum(lower_to, upper_from), jnp.maximum(lower_to, upper_from)
-    for begin, end, bounds in (
-        (0, first, (lower, None)),
-        (first, upper_from, (None, None)),
-        (first, lower_to, (lower, upper)),
-        (last, steps, (None, upper)),
-    ):
-        carry = lax.fori_loop(begin, end, functools.partial(step, *bounds), carry)
+def part_of(table, row, index, part):
+    """begin, lower_to, upper_from and end of a part of a tile."""
+    return tuple(table[row, index, 3 + 4 * part + i] for i in range(4))
+
+
+def over_steps(step, lower, upper, part, carry):
+    """Runs `step(lower, upper, i, carry) -> carry` for the steps of a part, with None for bounds that need no test.
+
+    `part() -> begin, lower_to, upper_from, end` is called at each use, so that no register holds what can be read.
+    """
+
+    def ranges():
+        begin, lower_to, upper_from, end = part()
+        first, last = jnp.minimum(lower_to, upper_from), jnp.maximum(lower_to, upper_from)
+        return (begin, first), (first, upper_from), (first, lower_to), (last, end)
+
+    for i, bounds in enumerate(((lower, None), (None, None), (lower, upper), (None, upper))):
+        carry = lax.fori_loop(*ranges()[i], functools.partial(step, *bounds), carry)
     return carry
 
 
@@ -231,7 +236,7 @@ def _forward_kernel(
     @pl.when(warpgroup < 2)
     def compute():
         plgpu.set_max_registers(240, action="increase")
-        q_mine = q_smem.at[pl.ds(warpgroup * ROWS, ROWS)]
+        q_mine = q_smem.at[pl.ds(warpgroup * PART, PART)]
         Q_DONE.arrive()
         for slot in range(STAGES):
             K_DONE.arrive(slot)
@@ -239,68 +244,115 @@ def _forward_kernel(
 
         @pl.when(warpgroup == 1)
         def second():
-            TURN.wait(warpgroup)
+            TURN.arrive(0)
 
         def item(entry, before):
-            head, row, tile, start, steps, lower_to, upper_from = entry
-            rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+            head, row, tile, start, steps, *part = entry
+            rows = pl.ds(tile * TILE + warpgroup * PART, PART)
             lower, upper = (
                 plgpu.load(ref.at[row, rows], layout=BY_ROW, optimized=False) for ref in (lower_ref, upper_ref)
             )
-            peak = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), BY_ROW)
-            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
-            acc = plgpu.layout_cast(jnp.zeros(out_smem.shape[1:], jnp.float32), WGMMA)
 
-            # An item without work takes no queries: it would wait for the other warpgroup's turn.
-            @pl.when(steps > 0)
-            def first_tiles():
-                plgpu.barrier_wait(q_here)
-                plgpu.barrier_wait(k_here.at[lax.rem(before, STAGES)])
-
-            def step(lower, upper, i, carry):
-                acc, peak, total = carry
-                slot = lax.rem(before + i, STAGES)
-
-                def multiply_keys(products):
-                    plgpu.wgmma(products, q_mine, k_smem.at[slot].T)
-                    TURN.arrive(1 - warpgroup)
-                    return products[...]
-
-                products = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, STEP_KV), jnp.float32))
-                K_DONE.arrive(slot)
-
-                # At once, not at the item's end: the first warpgroup may need the next queries to give the second its turn.
-                @pl.when(i + 1 == steps)
-                def queries_done():
-                    Q_DONE.arrive()
-
+            def softmax(products, i, lower, upper, peak):
+                """The block's weights and their new peak."""
                 x, factor, _ = bent_products(products, variant)
                 if lower is not None or upper is not None:
                     see = columns_seen(x.shape, start + i * STEP_KV, lower, upper)
                     x = jnp.where(see, x, -jnp.inf)
                 new_peak = jnp.maximum(peak, x.max(axis=1) * factor)
-                shrink = jnp.exp2(peak - new_peak)
-                weights = jnp.exp2(x * factor - stretched(new_peak, x.shape, 0))
-                acc *= stretched(shrink, acc.shape, 0)
-                total = total * shrink + weights.sum(axis=1)
-                weights = weights.astype(q_smem.dtype)
-                # Keeps the softmax on this side of the barriers.
-                acc, total, new_peak, weights = lax.optimization_barrier((acc, total, new_peak, weights))
+                return jnp.exp2(x * factor - stretched(new_peak, x.shape, 0)), new_peak
+
+            def my_turn(i):
+                """The first step of a tile needs none."""
+
+                @pl.when(i > 0)
+                def wait():
+                    TURN.wait(warpgroup)
+
+            def other_turn(i):
+                @pl.when(i > 0)
+                def arrive():
+                    TURN.arrive(1 - warpgroup)
+
+            def pass_over(i, _):
+                slot = lax.rem(before + i, STAGES)
+                plgpu.barrier_wait(k_here.at[slot])
+                K_DONE.arrive(slot)
                 plgpu.barrier_wait(v_here.at[slot])
-                TURN.wait(warpgroup)
-
-                def multiply_values(acc):
-                    plgpu.wgmma(acc, weights, v_smem.at[slot])
-
-                    @pl.when(i + 1 < steps)
-                    def next_keys():
-                        plgpu.barrier_wait(k_here.at[lax.rem(before + i + 1, STAGES)])
-
-                acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
                 V_DONE.arrive(slot)
-                return acc, new_peak, total
+                my_turn(i)
+                other_turn(i)
 
-            acc, peak, total = over_steps(step, lower, upper, (steps, lower_to, upper_from), (acc, peak, total))
+            def all_steps(acc):
+                def tile_with_work(_, carry):
+                    begin, lower_to, upper_from, end = part
+                    begin = jnp.minimum(begin, steps - 1)
+                    end = jnp.maximum(end, begin + 1)
+                    plgpu.barrier_wait(q_here)
+                    lax.fori_loop(0, begin, pass_over, None)
+
+                    first = lax.rem(before + begin, STAGES)
+                    plgpu.barrier_wait(k_here.at[first])
+                    my_turn(begin)
+
+                    def multiply_keys(products):
+                        plgpu.wgmma(products, q_mine, k_smem.at[first].T)
+                        other_turn(begin)
+                        return products[...]
+
+                    products = pl.run_scoped(multiply_keys, plgpu.ACC((PART, STEP_KV), jnp.float32))
+                    K_DONE.arrive(first)
+                    weights, peak = softmax(products, begin, lower, upper, carry[0])
+                    total = weights.sum(axis=1)
+                    weights = weights.astype(q_smem.dtype)
+
+                    def step(lower, upper, i, carry):
+                        weights, peak, total = carry
+                        slot, last = lax.rem(before + i, STAGES), lax.rem(before + i - 1, STAGES)
+                        plgpu.barrier_wait(k_here.at[slot])
+                        plgpu.barrier_wait(v_here.at[last])
+                        TURN.wait(warpgroup)
+
+                        def both(products):
+                            plgpu.wgmma(acc, weights, v_smem.at[last])
+                            plgpu.wgmma(products, q_mine, k_smem.at[slot].T)
+                            TURN.arrive(1 - warpgroup)
+                            plgpu.wgmma_wait(1)
+                            V_DONE.arrive(last)
+                            return products[...]
+
+                        products = pl.run_scoped(both, plgpu.ACC((PART, STEP_KV), jnp.float32))
+                        K_DONE.arrive(slot)
+                        weights, new_peak = softmax(products, i, lower, upper, peak)
+                        shrink = jnp.exp2(peak - new_peak)
+                        total = total * shrink + weights.sum(axis=1)
+                        weights = weights.astype(q_smem.dtype)
+                        values = acc[...]
+                        values *= stretched(shrink, values.shape, 0)
+                        # Keeps the softmax on this side of the barriers.
+                        values, total, new_peak, weights = lax.optimization_barrier((values, total, new_peak, weights))
+                        acc[...] = values
+                        return weights, new_peak, total
+
+                    bounds = begin + 1, *(jnp.maximum(bound, begin + 1) for bound in (lower_to, upper_from)), end
+                    weights, peak, total = over_steps(step, lower, upper, lambda: bounds, (weights, peak, total))
+                    # Before the last product: the first warpgroup may need the next queries to give the second its turn.
+                    Q_DONE.arrive()
+                    last = lax.rem(before + end - 1, STAGES)
+                    plgpu.barrier_wait(v_here.at[last])
+                    plgpu.wgmma(acc, weights, v_smem.at[last])
+                    plgpu.wgmma_wait(0)
+                    V_DONE.arrive(last)
+                    lax.fori_loop(end, steps, pass_over, None)
+                    return peak, total
+
+                peak = plgpu.layout_cast(jnp.full((PART,), MASKED, jnp.float32), BY_ROW)
+                total = plgpu.layout_cast(jnp.zeros((PART,), jnp.float32), BY_ROW)
+                # Once, or not at all: an item without work takes no queries and no turns.
+                peak, total = lax.fori_loop(0, jnp.minimum(steps, 1), tile_with_work, (peak, total))
+                return acc[...], peak, total
+
+            acc, peak, total = pl.run_scoped(all_steps, plgpu.ACC(out_smem.shape[1:], jnp.float32))
 
             some = total > 0
             inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
@@ -314,11 +366,14 @@ def _forward_kernel(
             plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[row, head, rows], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
 
-        over_items(work, sm, tiles_ref, item)
+        def read(row, index):
+            return *tile_of(tiles_ref, row, index), *part_of(tiles_ref, row, index, warpgroup)
+
+        over_items(work, sm, read, item)
 
         @pl.when(warpgroup == 0)
         def last_turn():
-            TURN.arrive(1)
+            TURN.wait(0)
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -331,7 +386,7 @@ def _forward_kernel(
             @pl.when(warp == 0)
             def all_items():
                 def item(entry, before):
-                    head, row, tile, start, steps, _, _ = entry
+                    head, row, tile, start, steps = entry
 
                     @pl.when(steps > 0)
                     def queries():
@@ -350,4 +405,4 @@ def _forward_kernel(
 
                     lax.fori_loop(0, steps, step, None)
 
-                over_items(work, sm, tiles_ref, item)
+                over_items(work, sm, functools.partial(tile_of, tiles_ref), item)

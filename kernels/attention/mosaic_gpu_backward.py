@@ -1,11 +1,13 @@
 """Attention on Hopper GPUs: the backward pass, in two kernels that add nothing up across blocks of threads.
 
-`_dq_kernel` owns a tile of 128 queries and walks over keys; `_dkv_kernel` owns a tile of 128 keys and walks over the
-queries of all heads that share them. Both compute the logits anew, which costs seven products instead of five, and
-give the same bits every time. Rows are dealt to two warpgroups, 64 each, and a third fetches, as in the forward pass.
+`_dq_kernel` owns a tile of 128 queries and walks over keys; it makes delta on the way. `_dkv_kernel` owns a tile of 128
+keys and walks over the queries of all heads that share them. Both compute the logits anew, which costs seven products
+instead of five, and give the same bits every time. Rows are dealt to two warpgroups, 64 each, and a third fetches, as in
+the forward pass.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from dqjax.kernels.attention import mosaic_gpu
-from dqjax.kernels.attention.intervals import ALIGNED, STEP_KV, STEP_Q, TILE, IntervalPlan
+from dqjax.kernels.attention.intervals import ALIGNED, PART, STEP_KV, STEP_Q, TILE, IntervalPlan
 from dqjax.kernels.attention.mask import Tokens, Variant
 from dqjax.kernels.attention.mosaic_gpu import (
     BY_COLUMN,
     BY_ROW,
     LOG2E,
-    ROWS,
     TRANSFORMS,
     WGMMA,
     Handover,
@@ -29,8 +30,9 @@ from dqjax.kernels.attention.mosaic_gpu import (
     columns_seen,
     forward,
     over_steps,
+    part_of,
     stretched,
-    tile_work,
+    tile_of,
     whole_tiles,
 )
 from dqjax.kernels.attention.vjp import Kernel
@@ -48,17 +50,17 @@ def backward(
     plan: IntervalPlan,
     variant: Variant,
     lse: Float[Array, "B T N"],
-    delta: Float[Array, "B T N"],
+    out: Float[Array, "B T N H"],
     d_out: Float[Array, "B T N H"],
+    d_lse: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """dq, dk, dv by the formulas of `vjp.py`, in the dtype of q."""
     del tokens
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    q, k, v, d_out = (whole_tiles(x) for x in (q, k, v, d_out.astype(q.dtype)))
-    lse, delta = (whole_tiles(x).transpose(0, 2, 1) for x in (lse * LOG2E, delta))
-    arrays = q, k, v, d_out, lse, delta, plan.lower, plan.upper
-    dq = _dq(arrays, plan.q_tiles, variant)
-    dk, dv = _dkv(arrays, plan.kv_tiles, variant)
+    q, k, v, out, d_out = (whole_tiles(x) for x in (q, k, v, out, d_out.astype(q.dtype)))
+    lse, d_lse = (whole_tiles(x).transpose(0, 2, 1) for x in (lse * LOG2E, d_lse))
+    dq, delta = _dq((q, k, v, out, d_out, lse, d_lse, plan.lower, plan.upper), plan.q_tiles, variant)
+    dk, dv = _dkv((q, k, v, d_out, lse, delta, plan.lower, plan.upper), plan.kv_tiles, variant)
     return dq[:, :T], dk[:, :S], dv[:, :S]
 
 
@@ -66,17 +68,19 @@ MOSAIC_GPU = Kernel(forward, backward)
 
 
 def _dq(arrays, tiles, variant):
+    """dq, and delta by `vjp.py`, [B, N, T]."""
     q, k = arrays[:2]
-    (B, T, N, H), K = q.shape, k.shape[2]
+    (B, T, N, H), K, axes = q.shape, k.shape[2], varying_axes(arrays)
     return plgpu.kernel(
         functools.partial(_dq_kernel, variant=variant, group=N // K),
-        out_type=typed_shape(q.shape, q.dtype, varying_axes(arrays)),
+        out_type=(typed_shape(q.shape, q.dtype, axes), typed_shape((B, N, T), jnp.float32, axes)),
         scratch_types=dict(
-            q_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
-            do_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
+            q_smem=plgpu.SMEM((2, PART, H), q.dtype, transforms=TRANSFORMS),
+            out_smem=plgpu.SMEM((2, PART, H), q.dtype, transforms=TRANSFORMS),
+            do_smem=plgpu.SMEM((2, PART, H), q.dtype, transforms=TRANSFORMS),
             k_smem=plgpu.SMEM((STAGES_KV, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
             v_smem=plgpu.SMEM((STAGES_KV, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
-            mine_here=plgpu.Barrier(num_barriers=2, num_arrivals=2),
+            mine_here=plgpu.Barrier(num_barriers=2, num_arrivals=3),
             k_here=plgpu.Barrier(num_barriers=STAGES_KV),
             v_here=plgpu.Barrier(num_barriers=STAGES_KV),
         ),
@@ -93,31 +97,36 @@ K_DONE, V_DONE = Handover(4, 288), Handover(4 + STAGES_KV, 288)
 
 
 def _dq_kernel(
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lower_ref, upper_ref, tiles_ref, dq_ref,
-    *, q_smem, do_smem, k_smem, v_smem, mine_here, k_here, v_here, variant, group,
+    q_ref, k_ref, v_ref, out_ref, do_ref, lse_ref, d_lse_ref, lower_ref, upper_ref, tiles_ref, dq_ref, delta_ref,
+    *, q_smem, out_smem, do_smem, k_smem, v_smem, mine_here, k_here, v_here, variant, group,
 ):  # fmt: skip
     row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
-    tile, start, *entry = tile_work(tiles_ref, row, lax.axis_index("tile"))
-    start, steps = start * ALIGNED, entry[0]
+    entry = tiles_ref, row, lax.axis_index("tile")
+    tile, start, steps = tile_of(*entry)
+    start *= ALIGNED
 
     @pl.when(warpgroup < 2)
     def compute():
         plgpu.set_max_registers(240, action="increase")
-        rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+        rows = pl.ds(tile * TILE + warpgroup * PART, PART)
         for slot in range(STAGES_KV):
             K_DONE.arrive(slot)
             V_DONE.arrive(slot)
         q_mine, do_mine = q_smem.at[warpgroup], do_smem.at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_mine, mine_here.at[warpgroup])
         plgpu.copy_gmem_to_smem(do_ref.at[row, rows, head], do_mine, mine_here.at[warpgroup])
-        lower, upper, lse, delta = (
+        plgpu.copy_gmem_to_smem(out_ref.at[row, rows, head], out_smem.at[warpgroup], mine_here.at[warpgroup])
+        lower, upper, lse, d_lse = (
             plgpu.load(ref, layout=BY_ROW, optimized=False)
             for ref in (
                 lower_ref.at[row, rows], upper_ref.at[row, rows],
-                lse_ref.at[row, head, rows], delta_ref.at[row, head, rows],
+                lse_ref.at[row, head, rows], d_lse_ref.at[row, head, rows],
             )
         )  # fmt: skip
         plgpu.barrier_wait(mine_here.at[warpgroup])
+        both = (plgpu.load(ref.at[warpgroup], layout=WGMMA).astype(jnp.float32) for ref in (out_smem, do_smem))
+        delta = math.prod(both).sum(axis=1) - d_lse
+        delta_ref[row, head, rows] = delta
 
         def all_steps(dq):
             def step(lower, upper, i, _):
@@ -136,7 +145,7 @@ def _dq_kernel(
                         weights = jnp.where(see, weights, 0.0)
                     return weights if slope is None else weights * slope, d_weights[...]
 
-                tile_type = plgpu.ACC((ROWS, STEP_KV), jnp.float32)
+                tile_type = plgpu.ACC((PART, STEP_KV), jnp.float32)
                 weights, d_weights = pl.run_scoped(weights_and_slopes, tile_type, tile_type)
                 V_DONE.arrive(slot)
                 d_logits = weights * (d_weights - stretched(delta, weights.shape, 0))
@@ -144,7 +153,17 @@ def _dq_kernel(
                 plgpu.wgmma_wait(0)
                 K_DONE.arrive(slot)
 
-            over_steps(step, lower, upper, entry, None)
+            def pass_over(i, _):
+                slot = lax.rem(i, STAGES_KV)
+                plgpu.barrier_wait(k_here.at[slot])
+                plgpu.barrier_wait(v_here.at[slot])
+                V_DONE.arrive(slot)
+                K_DONE.arrive(slot)
+
+            mine = functools.partial(part_of, *entry, warpgroup)
+            lax.fori_loop(0, mine()[0], pass_over, None)
+            over_steps(step, lower, upper, mine, None)
+            lax.fori_loop(mine()[-1], tile_of(*entry)[2], pass_over, None)
             return dq[...]
 
         dq = pl.run_scoped(all_steps, plgpu.ACC(q_mine.shape, jnp.float32))
@@ -180,8 +199,8 @@ def _dkv(arrays, tiles, variant):
         functools.partial(_dkv_kernel, variant=variant, group=N // K),
         out_type=(typed_shape(k.shape, k.dtype, varying_axes(arrays)),) * 2,
         scratch_types=dict(
-            k_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
-            v_smem=plgpu.SMEM((2, ROWS, H), q.dtype, transforms=TRANSFORMS),
+            k_smem=plgpu.SMEM((2, PART, H), q.dtype, transforms=TRANSFORMS),
+            v_smem=plgpu.SMEM((2, PART, H), q.dtype, transforms=TRANSFORMS),
             q_smem=plgpu.SMEM((STAGES_Q, STEP_Q, H), q.dtype, transforms=TRANSFORMS),
             do_smem=plgpu.SMEM((STAGES_Q, STEP_Q, H), q.dtype, transforms=TRANSFORMS),
             lse_smem=plgpu.SMEM((STAGES_Q, STEP_Q), jnp.float32),
@@ -210,14 +229,16 @@ def _dkv_kernel(
     variant, group,
 ):  # fmt: skip
     row, kv_head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
-    tile, start, steps, lower_to, upper_from = tile_work(tiles_ref, row, lax.axis_index("tile"))
+    entry = tiles_ref, row, lax.axis_index("tile")
+    tile, start, steps = tile_of(*entry)
+    _, lower_to, upper_from, _ = part_of(*entry, 0)
     start *= ALIGNED
 
     @pl.when(warpgroup < 2)
     def compute():
         plgpu.set_max_registers(240, action="increase")
-        first_key = tile * TILE + warpgroup * ROWS
-        keys = pl.ds(first_key, ROWS)
+        first_key = tile * TILE + warpgroup * PART
+        keys = pl.ds(first_key, PART)
         k_mine, v_mine = k_smem.at[warpgroup], v_smem.at[warpgroup]
         plgpu.copy_gmem_to_smem(k_ref.at[row, keys, kv_head], k_mine, mine_here.at[warpgroup])
         plgpu.copy_gmem_to_smem(v_ref.at[row, keys, kv_head], v_mine, mine_here.at[warpgroup])
@@ -254,7 +275,7 @@ def _dkv_kernel(
                     )
                     return d_logits if slope is None else d_logits * slope
 
-                tile_type = plgpu.ACC((ROWS, STEP_Q), jnp.float32)
+                tile_type = plgpu.ACC((PART, STEP_Q), jnp.float32)
                 d_logits = pl.run_scoped(both, tile_type, tile_type)
                 plgpu.wgmma(dk, d_logits.astype(q_smem.dtype), q_smem.at[slot])
                 plgpu.wgmma_wait(1)

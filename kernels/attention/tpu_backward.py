@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from dqjax.kernels.attention.mask import Tokens, Variant
 from dqjax.kernels.attention.plan import Plan
 from dqjax.kernels.attention.tpu import LOG2E, PARAMS, Call, current_step, forward, logits_of, on_needed_tile, product
-from dqjax.kernels.attention.vjp import Kernel
+from dqjax.kernels.attention.vjp import Kernel, delta_of
 
 
 def backward(
@@ -25,14 +25,15 @@ def backward(
     plan: Plan,
     variant: Variant,
     lse: Float[Array, "B T N"],
-    delta: Float[Array, "B T N"],
+    out: Float[Array, "B T N H"],
     d_out: Float[Array, "B T N H"],
+    d_lse: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """dq, dk, dv by the formulas of `vjp.py`."""
     call = Call(q, k, tokens, plan, variant)
     operands = (
         *call.blocks_first([q, d_out], [k, v]),
-        *map(call.scalars_first, (lse, delta)),
+        *map(call.scalars_first, (lse, delta_of(out, d_out, d_lse))),
         *call.token_rows,
     )
     inputs = [

@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       forward: (q, k, v, tokens, plan, variant) -> (out, lse).
-      backward: (q, k, v, tokens, plan, variant, lse, delta, d_out) -> (dq, dk, dv), with `delta` [B, T, N] as above.
+      backward: (q, k, v, tokens, plan, variant, lse, out, d_out, d_lse) -> (dq, dk, dv).
     """
 
     forward: Callable[..., Any]
@@ -62,9 +62,15 @@ def _attend_forward(kernel, variant, q, k, v, tokens, plan):
 def _attend_backward(kernel, variant, saved, cotangents):
     q, k, v, tokens, plan, out, lse = saved
     d_out, d_lse = cotangents
-    delta = jnp.einsum("BTNH,BTNH->BTN", d_out, out, preferred_element_type=lse.dtype) - d_lse
-    dq, dk, dv = kernel.backward(q, k, v, tokens, plan, variant, lse, delta, d_out)
+    dq, dk, dv = kernel.backward(q, k, v, tokens, plan, variant, lse, out, d_out, d_lse)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def delta_of(
+    out: Float[Array, "B T N H"], d_out: Float[Array, "B T N H"], d_lse: Float[Array, "B T N"]
+) -> Float[Array, "B T N"]:
+    """δ as above, for a backend whose kernels take it ready."""
+    return jnp.einsum("BTNH,BTNH->BTN", d_out, out, preferred_element_type=d_lse.dtype) - d_lse

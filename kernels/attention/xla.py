@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from dqjax.kernels.attention.mask import MASKED, Tokens, Variant, pad_tokens, visible
 from dqjax.kernels.attention.plan import Plan
-from dqjax.kernels.attention.vjp import Kernel
+from dqjax.kernels.attention.vjp import Kernel, delta_of
 from dqjax.kernels.varying import vary, varying_axes
 
 
@@ -66,13 +66,15 @@ def backward(
     plan: Plan,
     variant: Variant,
     lse: Float[Array, "B T N"],
-    delta: Float[Array, "B T N"],
+    out: Float[Array, "B T N H"],
     d_out: Float[Array, "B T N H"],
+    d_lse: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """dq, dk, dv by the formulas of `vjp.py`, a tile at a time; dk and dv in float32."""
     B, T, N, H = q.shape
     S, K, G = k.shape[1], k.shape[2], N // k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
+    delta = delta_of(out, d_out, d_lse)
     grouped = [x.reshape(B, T, K, G, *x.shape[3:]) for x in (q, d_out, lse, delta)]
     (q, d_out, lse, delta), (k, v), tokens = _to_blocks(plan, grouped, (k, v), tokens)
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dqjax.kernels.attention.intervals import ALIGNED, OUT_OF_ORDER, STEP_KV, STEP_Q, TILE, build_intervals, check_order
+from dqjax.kernels.attention.intervals import ALIGNED, OUT_OF_ORDER, PART, STEP_KV, STEP_Q, TILE, build_intervals, check_order
 from dqjax.kernels.attention.mask import visible
 from dqjax.kernels.attention.shapes import complete_tokens
 
@@ -17,21 +17,23 @@ def row(rng, length, documents, front, tail):
 
 
 def work_of(table, size, length):
-    """[row, tile, column of the other side] visited, and visited without a mask."""
-    visited = np.zeros((len(table), table.shape[1], length), int)
-    unmasked = np.zeros_like(visited)
+    """[row, part of a tile, column of the other side] visited, visited without a mask, and fetched for the tile."""
+    parts = (table.shape[2] - 3) // 4
+    visited = np.zeros((len(table), parts * table.shape[1], length), int)
+    unmasked, fetched = np.zeros_like(visited), np.zeros_like(visited)
     for b, entries in enumerate(np.asarray(table)):
         assert sorted(entries[:, 0]) == list(range(len(entries)))
         assert np.all(np.diff(entries[:, 2]) <= 0)
-        for tile, start, steps, lower_to, upper_from in entries:
-            start *= ALIGNED
-            assert 0 <= lower_to <= steps and 0 <= upper_from <= steps
-            for i in range(steps):
-                place = slice(start + i * size, start + (i + 1) * size)
-                assert place.stop <= length
-                visited[b, tile, place] += 1
-                unmasked[b, tile, place] += lower_to <= i < upper_from
-    return visited, unmasked
+        for tile, start, steps, *bounds in entries:
+            for part, (begin, lower_to, upper_from, end) in enumerate(np.reshape(bounds, (parts, 4)), parts * tile):
+                assert 0 <= begin <= min(lower_to, upper_from) <= max(lower_to, upper_from) <= end <= steps
+                for i in range(steps):
+                    place = slice(start * ALIGNED + i * size, start * ALIGNED + (i + 1) * size)
+                    assert place.stop <= length
+                    fetched[b, part, place] += 1
+                    visited[b, part, place] += begin <= i < end
+                    unmasked[b, part, place] += lower_to <= i < upper_from
+    return visited, unmasked, fetched
 
 
 @pytest.mark.parametrize(
@@ -52,14 +54,17 @@ def test_tiles_cover_what_is_visible_once_and_unmasked_steps_see_everything(leng
 
     whole = -(-length // TILE) * TILE
     see = np.pad(see, ((0, 0), (0, whole - length), (0, whole - length)))
-    for table, size, mask in ((plan.q_tiles, STEP_KV, see), (plan.kv_tiles, STEP_Q, see.swapaxes(1, 2))):
-        visited, unmasked = work_of(table, size, whole)
-        tiles = mask.reshape(4, -1, TILE, whole)
+    both = (plan.q_tiles, STEP_KV, PART, see), (plan.kv_tiles, STEP_Q, TILE, see.swapaxes(1, 2))
+    for table, size, part, mask in both:
+        visited, unmasked, fetched = work_of(table, size, whole)
+        parts = mask.reshape(4, -1, part, whole)
         assert np.all(visited <= 1)
-        assert np.all(visited[tiles.any(axis=2)] == 1)
-        assert np.all(tiles.all(axis=2)[unmasked == 1])
-        needed = tiles.any(axis=2).sum(axis=2)
-        assert np.all(visited.sum(axis=2) < needed + size + 8)  # nothing but the rounding of both ends
+        assert np.all(visited[parts.any(axis=2)] == 1)
+        assert np.all(parts.all(axis=2)[unmasked == 1])
+        needed = parts.any(axis=2).sum(axis=2)
+        assert np.all(visited.sum(axis=2) < needed + 2 * size)  # nothing but the rounding of both ends
+        needed = mask.reshape(4, -1, TILE, whole).any(axis=2).sum(axis=2)
+        assert np.all(fetched[:, :: TILE // part].sum(axis=2) < needed + size + 8)
 
 
 def test_a_prompt_in_the_cache():
