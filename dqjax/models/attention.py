@@ -43,9 +43,14 @@ class Attention(nn.Module):
         c = self.config
         d, n, k, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
         bias = 2 if c.attention_bias else 0
-        q = Linear("BTD,DNH->BTNH", (d, n, h), ("embed", "heads", "head_dim"), self.dtype, bias, name="q")(x)
-        key = Linear("BTD,DKH->BTKH", (d, k, h), ("embed", "kv_heads", "head_dim"), self.dtype, bias, name="k")(x)
-        value = Linear("BTD,DKH->BTKH", (d, k, h), ("embed", "kv_heads", "head_dim"), self.dtype, bias, name="v")(x)
+        if self.has_variable("params", "qkv"):  # as `Decoder.unstack` joins them
+            shape, names = (d, n + 2 * k, h), ("embed", "heads", "head_dim")
+            qkv = Linear("BTD,DNH->BTNH", shape, names, self.dtype, bias, name="qkv")(x)
+            q, key, value = jnp.split(qkv, (n, n + k), axis=2)
+        else:
+            q = Linear("BTD,DNH->BTNH", (d, n, h), ("embed", "heads", "head_dim"), self.dtype, bias, name="q")(x)
+            key = Linear("BTD,DKH->BTKH", (d, k, h), ("embed", "kv_heads", "head_dim"), self.dtype, bias, name="k")(x)
+            value = Linear("BTD,DKH->BTKH", (d, k, h), ("embed", "kv_heads", "head_dim"), self.dtype, bias, name="v")(x)
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, self.dtype, "head_dim", name="q_norm")(q)
             key = RMSNorm(c.norm_eps, self.dtype, "head_dim", name="k_norm")(key)

@@ -173,14 +173,18 @@ class Decoder:
     def unstack(self, params: Params) -> Params:
         """The parameters as many calls with a cache want them: in `dtype`, `layers` a tuple with one dict a layer.
 
-        `apply` takes these and the stacked ones alike. In a loop, stacked float32 parameters would be sliced and cast anew
-        at every step.
+        `apply` takes these and the stacked ones alike. In a loop, stacked float32 parameters would be sliced and cast
+        anew at every step. On a single device the products of one input are joined, queries with keys and values and
+        the MLP's gate with its other half: fewer and larger ones.
         """
         cast = jax.tree.map(lambda w: w.astype(self.dtype), params)
-        return {**cast, "layers": tuple(_layer_of(cast, i) for i in range(self.config.num_layers))}
+        layers = (_layer_of(cast, i) for i in range(self.config.num_layers))
+        return {**cast, "layers": tuple(map(_joined, layers) if self.rules.mesh.size == 1 else layers)}
 
     def unstacked_shardings(self) -> Any:
         """Shardings of `unstack`'s result: split over tensor alone, since a step has no time to gather weights."""
+        if self.rules.mesh.size == 1:
+            return jax.tree.map(lambda _: self.rules.sharding(()), jax.eval_shape(self.unstack, self.shapes()))
         rules = dataclasses.replace(self.rules, table=(*self.rules.table, ("embed", ()), ("vocab", ("tensor",))))
         stacked = shardings_of(rules, self.axis_names(), self.shapes())
         whole = jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])), stacked["layers"])
@@ -236,3 +240,11 @@ class Decoder:
 def _layer_of(params: Params, i: int) -> Any:
     layers = params["layers"]
     return layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda w: w[i], layers)
+
+
+def _joined(layer: Params) -> Params:
+    """A layer's parameters with q, k and v as "qkv", and gate and up as "gate_up", side by side in their outputs."""
+    attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
+    attention["qkv"] = jax.tree.map(lambda *w: jnp.concatenate(w, -2), *(attention.pop(name) for name in "qkv"))
+    mlp["gate_up"] = jax.tree.map(lambda *w: jnp.concatenate(w, -1), *(mlp.pop(name) for name in ("gate", "up")))
+    return {**layer, "attention": attention, "mlp": mlp}

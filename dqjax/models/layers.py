@@ -82,8 +82,12 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         d, f = self.config.hidden_size, self.config.mlp_size
-        gate = Linear("BTD,DF->BTF", (d, f), ("embed", "mlp"), self.dtype, name="gate")(x)
-        up = Linear("BTD,DF->BTF", (d, f), ("embed", "mlp"), self.dtype, name="up")(x)
+        if self.has_variable("params", "gate_up"):  # as `Decoder.unstack` joins them
+            joined = Linear("BTD,DF->BTF", (d, 2 * f), ("embed", "mlp"), self.dtype, name="gate_up")
+            gate, up = jnp.split(joined(x), 2, axis=-1)
+        else:
+            gate = Linear("BTD,DF->BTF", (d, f), ("embed", "mlp"), self.dtype, name="gate")(x)
+            up = Linear("BTD,DF->BTF", (d, f), ("embed", "mlp"), self.dtype, name="up")(x)
         return Linear("BTF,FD->BTD", (f, d), ("mlp", "embed"), self.dtype, name="down")(nn.silu(gate) * up)
 
 

@@ -41,6 +41,10 @@ log = logging.getLogger(__name__)
 
 STEPS = 16  # of one decoding call: a slot idles for half of them on average, the host has work once
 
+ONE_GPU = {"xla_gpu_enable_triton_gemm": False}
+"""Compiler options of decoding: cuBLAS has better products for few rows, and adds the residual to them. On several GPUs
+weights of one input are not joined beforehand, and without Triton XLA would join them anew at every step."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -140,6 +144,7 @@ class Engine:
             static_argnums=(0, 1),
             donate_argnums=3,
             out_shardings=(slots, Made(whole, whole)),  # whole on every host, to be read there
+            compiler_options=ONE_GPU if rules.mesh.size == 1 and rules.mesh.devices.flat[0].platform == "gpu" else None,
         )
 
     def generate(self, params: Params, prompts: Iterable[Prompt]) -> Iterator[Sample]:

@@ -85,20 +85,27 @@ def sample(
         tokens = jnp.where(forced >= 0, forced, tokens)
     logits = logits / (sampling.temperature or 1.0)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return tokens, chosen - jax.nn.logsumexp(_log_masses(_blocks(logits)), axis=-1)
 
 
 def draw(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
     """One index a row from softmax(logits): a block by the blocks' weights, then an entry of it by its own."""
-    weights = _blocks(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0)
+    blocks = _blocks(logits)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block = _pick(jnp.sum(weights, axis=-1), uniform[:, :1])
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    block = _pick(_log_masses(blocks), uniform[:, :1])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     return block * BLOCK + _pick(inside, uniform[:, 1:])
 
 
-def _pick(weights: Float[Array, "B n"], uniform: Float[Array, "B 1"]) -> Int[Array, "B"]:
+def _log_masses(blocks: Float[Array, "B n 128"]) -> Float[Array, "B n"]:
+    """log Σ exp(logits) of each block: the only pass over the logits that drawing and the log-probability take."""
+    peak = jnp.maximum(jnp.max(blocks, axis=-1, keepdims=True), jnp.finfo(blocks.dtype).min)
+    return jnp.squeeze(peak + jnp.log(jnp.sum(jnp.exp(blocks - peak), axis=-1, keepdims=True)), -1)
+
+
+def _pick(logits: Float[Array, "B n"], uniform: Float[Array, "B 1"]) -> Int[Array, "B"]:
     """The first entry whose cumulative weight passes `uniform` of the total; never one without weight."""
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     cumulative = jnp.cumsum(weights, axis=-1)
     passed = cumulative > uniform * cumulative[:, -1:]
     return jnp.argmax(jnp.where(weights > 0, 1 + passed, 0), axis=-1)
@@ -108,10 +115,10 @@ def _cut(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Array
     return jnp.where(logits < floor, -jnp.inf, logits)
 
 
-def _blocks(x: Float[Array, "B V"], fill: float) -> Float[Array, "B n 128"]:
-    """Rows in blocks of `BLOCK` entries, the last one filled up."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[-1] % BLOCK)), constant_values=fill)
-    return x.reshape(len(x), -1, BLOCK)
+def _blocks(logits: Float[Array, "B V"]) -> Float[Array, "B n 128"]:
+    """Rows in blocks of `BLOCK` entries, the last one filled up with −inf."""
+    logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[-1] % BLOCK)), constant_values=-jnp.inf)
+    return logits.reshape(len(logits), -1, BLOCK)
 
 
 def _largest(logits: Float[Array, "B V"], k: int) -> Float[Array, "B k"]:
@@ -119,7 +126,7 @@ def _largest(logits: Float[Array, "B V"], k: int) -> Float[Array, "B k"]:
 
     They lie in the k blocks of the largest maxima: any entry elsewhere is below k maxima.
     """
-    blocks = _blocks(logits, -jnp.inf)
+    blocks = _blocks(logits)
     if blocks.shape[1] > k:
         best = lax.top_k(jnp.max(blocks, axis=-1), k)[1]
         logits = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(len(logits), -1)

@@ -1,18 +1,25 @@
 """Decode attention on Hopper GPUs (sm90), in Pallas's Mosaic GPU dialect.
 
-The cache is read once, as fast as memory gives it, and the arithmetic hides behind. A block of threads owns a part of the
-keys of a sequence's key-value head. One warpgroup multiplies the head's group of queries, in the first of the 64 rows of
-a tensor-core product; a second fetches keys and values ahead of it, up to the sequence's length and no further. Two such
-blocks share a multiprocessor, so that one fetches while the other begins or ends. The parts are put together by their lse.
+The cache is read once, as fast as memory gives it, and the arithmetic hides behind. An item of work is a part of the
+keys of a sequence's key-value head; items are dealt to two workers a multiprocessor in turn, the longest first and every
+other turn backwards, so that everyone's share weighs the same. A worker is a warpgroup, which multiplies the head's group
+of queries, in the first of the 64 rows of a tensor-core product, and a warp, which fetches keys and values ahead of it:
+up to the sequence's length and no further, and on into the next item while the warpgroup ends this one. The parts are
+put together by their lse.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.attention.mask import MASKED, Variant
@@ -23,6 +30,7 @@ from dqjax.kernels.attention.mosaic_gpu import (
     SMS,
     TRANSFORMS,
     WGMMA,
+    Handover,
     bent_products,
     stretched,
     too_old,
@@ -32,16 +40,19 @@ from dqjax.kernels.varying import typed_shape, varying_axes
 ROWS = 64
 """Of a product; those of the group are in use."""
 
-STEP, STAGES = 64, 2
-"""Slots fetched at once, and how many such blocks are on their way or in use."""
+TILE, STAGES = 64 * 128, 3
+"""Numbers of keys, and of values, fetched at once; how many such tiles of each a worker has on their way or in use."""
+
+WORKERS = 2 * SMS
 
 PARTS = (2048, 1024, 512, 256)
 """Slots of a part: the most that leaves some parts for every multiprocessor."""
 
 LINES = 8
-"""Slots and queries are copied in whole multiples of this."""
+"""Slots are copied in whole multiples of this."""
 
-WIDE = (plgpu.TilingTransform((LINES, 32)), plgpu.SwizzleTransform(128))
+DONE = Handover(4, 128 + 32)
+"""One a tile of both workers: its warpgroup has read it, for its warp to fill again."""
 
 
 def why_not_mosaic_gpu(dtype: jax.typing.DTypeLike, head_size: int, slots: int) -> str | None:
@@ -71,118 +82,193 @@ def mosaic_gpu_decode_attention(
     if refusal:
         raise NotImplementedError(f"decode_attention: backend 'mosaic_gpu' cannot do {refusal}; use 'xla'")
     group = N // K
-    kept = -(-group // LINES) * LINES
     part = next((part for part in PARTS if B * K * -(-S // part) >= 4 * SMS), PARTS[-1])
     parts = -(-S // part)
-    queries = jnp.pad(q.reshape(B, K, group, H), ((0, 0), (0, 0), (0, kept - group), (0, 0)))
     upper = lengths.astype(jnp.int32)
     lower = jnp.zeros_like(upper) if variant.window is None else jnp.maximum(upper - variant.window, 0)
+    order = jnp.argsort(lower - upper)
     axes = varying_axes((q, k_cache, v_cache, lengths))
-    out, lse = plgpu.kernel(
-        functools.partial(_kernel, variant=variant, part_size=part, kept=kept),
-        out_type=(
-            typed_shape((B, K, parts, kept, H), jnp.float32, axes),
-            typed_shape((B, K, parts, ROWS), jnp.float32, axes),
-        ),
+    step = TILE // H
+    outputs = [typed_shape((B, parts, K, group, H), q.dtype if parts == 1 else jnp.float32, axes)]
+    if parts > 1:
+        outputs.append(typed_shape((B, parts, K, group), jnp.float32, axes))
+    out, *lse = plgpu.kernel(
+        functools.partial(_kernel, variant=variant, part_size=part, work=Work(K, B, parts)),
+        out_type=tuple(outputs),
         scratch_types=dict(
-            q_smem=plgpu.SMEM((ROWS, H), q.dtype, transforms=TRANSFORMS),
-            k_smem=plgpu.SMEM((STAGES, STEP, H), q.dtype, transforms=TRANSFORMS),
-            v_smem=plgpu.SMEM((STAGES, STEP, H), q.dtype, transforms=TRANSFORMS),
-            out_smem=plgpu.SMEM((ROWS, H), jnp.float32, transforms=WIDE),
-            lse_smem=plgpu.SMEM((ROWS,), jnp.float32),
-            q_here=plgpu.Barrier(),
-            k_here=plgpu.Barrier(num_barriers=STAGES),
-            v_here=plgpu.Barrier(num_barriers=STAGES),
-            k_done=plgpu.Barrier(num_barriers=STAGES),
-            v_done=plgpu.Barrier(num_barriers=STAGES),
+            k_smem=plgpu.SMEM((2, STAGES, step, H), q.dtype, transforms=TRANSFORMS),
+            v_smem=plgpu.SMEM((2, STAGES, step, H), q.dtype, transforms=TRANSFORMS),
+            k_here=plgpu.Barrier(num_barriers=2 * STAGES),
+            v_here=plgpu.Barrier(num_barriers=2 * STAGES),
         ),
-        grid=(B, parts, K),
-        grid_names=("sequence", "part", "head"),
-        num_threads=2,
+        grid=(SMS,),
+        grid_names=("sm",),
+        num_threads=3,
         thread_name="warpgroup",
         compiler_params=PARAMS,
         kernel_name="decode_attention",
-    )(queries, k_cache, v_cache, lower, upper)
-    out, lse = out[:, :, :, :group], lse[:, :, :, :group]
-    return (out[:, :, 0] if parts == 1 else _joined(out, lse)).reshape(B, N, H).astype(q.dtype)
+    )(q.reshape(B, K, group, H), k_cache, v_cache, order, lower[order], upper[order])
+    return (out if parts == 1 else _joined(out, *lse)).reshape(B, N, H).astype(q.dtype)
 
 
-def _joined(out: Float[Array, "B K P G H"], lse: Float[Array, "B K P G"]) -> Float[Array, "B K G H"]:
+def _joined(out: Float[Array, "B P K G H"], lse: Float[Array, "B P K G"]) -> Float[Array, "B K G H"]:
     """The parts weighed by what each holds of the sum of exponentials; 0 where none holds any."""
-    weights = jnp.where(lse > MASKED, jnp.exp(lse - jnp.max(lse, axis=2, keepdims=True)), 0)
-    total = jnp.sum(weights, axis=2)
-    return jnp.einsum("BKPG,BKPGH->BKGH", weights, out) / jnp.where(total > 0, total, 1)[..., None]
+    weights = jnp.where(lse > MASKED, jnp.exp(lse - jnp.max(lse, axis=1, keepdims=True)), 0)
+    total = jnp.sum(weights, axis=1)
+    return jnp.einsum("BPKG,BPKGH->BKGH", weights, out) / jnp.where(total > 0, total, 1)[..., None]
+
+
+class Work(NamedTuple):
+    """The items: heads of a sequence side by side, then sequences by falling length, then parts."""
+
+    heads: int
+    rows: int
+    parts: int
+
+    def share(self, worker):
+        """How many of them fall to a worker."""
+        turns, rest = divmod(self.heads * self.rows * self.parts, WORKERS)
+        return turns + (self._place(worker, turns) < rest).astype(jnp.int32)
+
+    def item(self, worker, turn, order_ref, lower_ref, upper_ref):
+        """sequence, part, head, and the sequence's bounds; those of the last item past the end."""
+        n = jnp.minimum(turn * WORKERS + self._place(worker, turn), self.heads * self.rows * self.parts - 1)
+        head, n = lax.rem(n, self.heads), n // self.heads
+        row, part = lax.rem(n, self.rows), n // self.rows
+        return order_ref[row], part, head, lower_ref[row], upper_ref[row]
+
+    @staticmethod
+    def _place(worker, turn):
+        return jnp.where(turn % 2 == 0, worker, WORKERS - 1 - worker)
+
+
+def _over_items(work: Work, worker, table, part_size, step_size, body):
+    """Runs `body(sequence, part, head, lower, upper, first step, steps, steps before it)`, reading one entry ahead."""
+
+    def one(turn, carry):
+        before, (sequence, part, head, lower, upper) = carry
+        upcoming = work.item(worker, turn + 1, *table)
+        first = lax.div(lax.max(part * part_size, lower), step_size)
+        last = lax.div(lax.min((part + 1) * part_size, upper) + step_size - 1, step_size)
+        steps = lax.max(last - first, 0)
+        body(sequence, part, head, lower, upper, first, steps, before)
+        return before + steps, upcoming
+
+    lax.fori_loop(0, work.share(worker), one, (jnp.int32(0), work.item(worker, jnp.int32(0), *table)))
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, lower_ref, upper_ref, out_ref, lse_ref,
-    *, q_smem, k_smem, v_smem, out_smem, lse_smem, q_here, k_here, v_here, k_done, v_done, variant, part_size, kept,
+    q_ref, k_ref, v_ref, order_ref, lower_ref, upper_ref, out_ref, *lse_refs,
+    k_smem, v_smem, k_here, v_here, variant, part_size, work,
 ):  # fmt: skip
-    sequence, part, head, warpgroup = (lax.axis_index(name) for name in ("sequence", "part", "head", "warpgroup"))
-    lower, upper = lower_ref[sequence], upper_ref[sequence]
-    first = lax.max(part * part_size, lax.div(lower, STEP) * STEP)
-    steps = lax.max(lax.div(lax.min((part + 1) * part_size, upper) - first + STEP - 1, STEP), 0)
-    first_step = lax.div(first, STEP)
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+    step_size, H = k_smem.shape[2:]
+    over_items = functools.partial(
+        _over_items, work, table=(order_ref, lower_ref, upper_ref), part_size=part_size, step_size=step_size
+    )
 
-    @pl.when(warpgroup == 0)
+    @pl.when(warpgroup < 2)
     def compute():
-        # The rows behind the group hold what was there: nothing of theirs reaches another row, or memory.
-        plgpu.copy_gmem_to_smem(q_ref.at[sequence, head], q_smem.at[pl.ds(0, kept)], q_here)
-        peak = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), BY_ROW)
-        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
-        acc = plgpu.layout_cast(jnp.zeros(q_smem.shape, jnp.float32), WGMMA)
-        plgpu.barrier_wait(q_here)
+        plgpu.set_max_registers(240, action="increase")
+        k_mine, v_mine = k_smem.at[warpgroup], v_smem.at[warpgroup]
+        for slot in range(STAGES):
+            DONE.arrive(warpgroup * STAGES + slot)
 
-        def step(i, carry):
-            acc, peak, total = carry
-            slot = lax.rem(i, STAGES)
-            plgpu.barrier_wait(k_here.at[slot])
+        def item(sequence, part, head, lower, upper, first, steps, before):
+            q = _load_rows(q_ref.at[sequence, head])
+            peak = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), BY_ROW)
+            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), WGMMA)
 
-            def multiply_keys(products):
-                plgpu.wgmma(products, q_smem, k_smem.at[slot].T)
-                return products[...]
+            def step(i, carry):
+                acc, peak, total = carry
+                slot = lax.rem(before + i, STAGES)
+                barrier = warpgroup * STAGES + slot
+                plgpu.barrier_wait(k_here.at[barrier])
 
-            products = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, STEP), jnp.float32))
-            plgpu.barrier_arrive(k_done.at[slot])
-            x, factor, _ = bent_products(products, variant)
-            column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=WGMMA) + (first_step + i) * STEP
-            x = jnp.where((column >= lower) & (column < upper), x, -jnp.inf)
-            new_peak = jnp.maximum(peak, x.max(axis=1) * factor)
-            shrink = jnp.exp2(peak - new_peak)
-            weights = jnp.exp2(x * factor - stretched(new_peak, x.shape, 0))
-            acc *= stretched(shrink, acc.shape, 0)
-            total = total * shrink + weights.sum(axis=1)
-            weights = weights.astype(q_smem.dtype)
-            plgpu.barrier_wait(v_here.at[slot])
+                def multiply_keys(products):
+                    plgpu.wgmma(products, q, k_mine.at[slot].T)
+                    return products[...]
 
-            def multiply_values(acc):
-                plgpu.wgmma(acc, weights, v_smem.at[slot])
+                products = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, step_size), jnp.float32))
+                x, factor, _ = bent_products(products, variant)
+                column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=WGMMA) + (first + i) * step_size
+                x = jnp.where((column >= lower) & (column < upper), x, -jnp.inf)
+                new_peak = jnp.maximum(peak, x.max(axis=1) * factor)
+                shrink = jnp.exp2(peak - new_peak)
+                weights = jnp.exp2(x * factor - stretched(new_peak, x.shape, 0))
+                acc *= stretched(shrink, acc.shape, 0)
+                total = total * shrink + weights.sum(axis=1)
+                weights = weights.astype(k_smem.dtype)
+                plgpu.barrier_wait(v_here.at[barrier])
 
-            acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(v_done.at[slot])
-            return acc, new_peak, total
+                def multiply_values(acc):
+                    plgpu.wgmma(acc, weights, v_mine.at[slot])
 
-        acc, peak, total = lax.fori_loop(0, steps, step, (acc, peak, total))
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        lse_smem[...] = jnp.where(some, peak * (1 / LOG2E) + jnp.log(total), MASKED)
-        out_smem[...] = acc * stretched(1 / total, acc.shape, 0)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, kept)], out_ref.at[sequence, head, part])
-        plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[sequence, head, part])
-        plgpu.wait_smem_to_gmem(0)
+                acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
+                DONE.arrive(barrier)
+                return acc, new_peak, total
 
-    @pl.when(warpgroup == 1)
+            acc, peak, total = lax.fori_loop(0, steps, step, (acc, peak, total))
+            some = total > 0
+            total = jnp.where(some, total, 1.0)
+            _store_rows(acc * stretched(1 / total, acc.shape, 0), out_ref.at[sequence, part, head])
+            for lse_ref in lse_refs:
+                lse = jnp.where(some, peak * (1 / LOG2E) + jnp.log(total), MASKED)
+                _store_rows(lse, lse_ref.at[sequence, part, head])
+
+        over_items(2 * sm + warpgroup, body=item)
+
+    @pl.when(warpgroup == 2)
     def fetch():
-        def step(i, _):
-            slot = lax.rem(i, STAGES)
-            block = sequence, pl.ds((first_step + i) * STEP, STEP), head
-            for ref, smem, here, done in ((k_ref, k_smem, k_here, k_done), (v_ref, v_smem, v_here, v_done)):
+        plgpu.set_max_registers(24, action="decrease")
 
-                @pl.when(i >= STAGES)
-                def used():
-                    plgpu.barrier_wait(done.at[slot])
+        @plgpu.warp_map
+        def of_a_worker(warp):
+            @pl.when(warp < 2)
+            def all_items():
+                def item(sequence, part, head, lower, upper, first, steps, before):
+                    def step(i, _):
+                        slot = lax.rem(before + i, STAGES)
+                        barrier = warp * STAGES + slot
+                        block = sequence, pl.ds((first + i) * step_size, step_size), head
+                        DONE.wait(barrier)
+                        plgpu.copy_gmem_to_smem(k_ref.at[block], k_smem.at[warp, slot], k_here.at[barrier])
+                        plgpu.copy_gmem_to_smem(v_ref.at[block], v_smem.at[warp, slot], v_here.at[barrier])
 
-                plgpu.copy_gmem_to_smem(ref.at[block], smem.at[slot], here.at[slot])
+                    lax.fori_loop(0, steps, step, None)
 
-        lax.fori_loop(0, steps, step, None)
+                over_items(2 * sm + warp, body=item)
+
+
+def _load_rows(ref) -> Float[Array, "64 H"]:
+    """The group's queries from global memory, the last one again in the rows behind them."""
+    group, H = ref.shape
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((ROWS, H), ref.dtype, layout=WGMMA)
+    )
+    def load(_, ref):
+        layout = mgpu.WGMMA_LAYOUT
+        vector_type = layout.registers_element_type(ir.MemRefType(ref.type).element_type)
+        last = arith.constant(ir.IndexType.get(), group - 1)
+        registers = np.empty(layout.registers_shape((ROWS, H)), object)
+        for place, (row, column) in zip(np.ndindex(registers.shape), layout.thread_idxs((ROWS, H))):
+            registers[place] = vector.load(vector_type, ref, [arith.minui(row, last), column])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(ref)
+
+
+def _store_rows(x: Float[Array, "64 ..."], ref) -> None:
+    """Writes the group's rows to global memory, in its dtype."""
+    group = ref.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA if x.ndim == 2 else BY_ROW, plgpu.RefType()))
+    def store(_, x, ref):
+        end = arith.constant(ir.IndexType.get(), group)
+        for register, (row, *column) in zip(x.registers.flat, x.layout.thread_idxs(x.shape), strict=True):
+            with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, end)):
+                vector.store(register, ref, [row, *column])
+
+    store(x.astype(ref.dtype), ref)

@@ -50,6 +50,24 @@ operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype 
 jax.jit(jax.grad(total, argnums=(0, 1))).lower(*operands).compile()
 """
 
+DECODING = """
+import sys
+import jax, jax.numpy as jnp
+from dqjax.kernels.decode_attention.api import decode_attention
+from dqjax.topology import devices_of
+
+head_size = int(sys.argv[1])
+place = jax.sharding.SingleDeviceSharding(devices_of("h200:1")[0])
+
+def attend(q, k_cache, v_cache, lengths):
+    return decode_attention(q, k_cache, v_cache, lengths, backend="mosaic_gpu")
+
+cache = (256, 512, 8, head_size), jnp.bfloat16
+shapes = ((256, 16, head_size), jnp.bfloat16), cache, cache, ((256,), jnp.int32)
+operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+jax.jit(attend).lower(*operands).compile()
+"""
+
 MOST_SPILLED = {"attention_forward": 0, "attention_dq": 32, "attention_dkv": 28}
 """Bytes stored to local memory. A few registers of the backward kernels do not fit beside their accumulators."""
 
@@ -75,6 +93,14 @@ def test_attention_compiles_and_keeps_its_registers(tmp_path, head_size):
 def test_vocabulary_compiles_and_keeps_its_registers(tmp_path):
     spilled = spilled_bytes(tmp_path, VOCABULARY)
     assert spilled == {"head_statistics": 0, "head_exponentials": 0, "head_gradient": 0}
+
+
+@needs_jax
+@needs_compiler
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_decoding_compiles_and_keeps_its_registers(tmp_path, head_size):
+    spilled = spilled_bytes(tmp_path, DECODING, str(head_size))
+    assert spilled == {"decode_attention": 0}
 
 
 def spilled_bytes(dump, program, *arguments):

@@ -42,14 +42,15 @@ def packed_rows(rows=4, length=16, vocab=96):
     return tuple(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments))
 
 
+@pytest.mark.parametrize("unstacked", [False, True])
 @pytest.mark.parametrize("chunks", [(11,), (4, 4, 3), (1,) * 6, (7, 1, 1, 1)])
-def test_prefill_in_chunks_then_decode_equals_forward(chunks):
+def test_prefill_in_chunks_then_decode_equals_forward(chunks, unstacked):
     decoder = Decoder(TINY, one_device())
     params, rows, length = noisy(decoder), 3, 14
     tokens = jax.random.randint(jax.random.key(2), (rows, length), 0, 96)
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
     whole, _ = jax.jit(decoder.apply)(params, tokens, positions, jnp.ones_like(tokens))
-    apply = jax.jit(decoder.apply)
+    apply, params = jax.jit(decoder.apply), decoder.unstack(params) if unstacked else params
     cache = make_cache(TINY, decoder.rules, rows=rows, capacity=length + 5, dtype=jnp.float32)
     parts, at = [], 0
     for size in (*chunks, *(1,) * (length - sum(chunks))):
