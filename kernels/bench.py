@@ -16,7 +16,6 @@ import argparse
 import json
 import logging
 import pathlib
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,8 +27,6 @@ from dqjax.kernels.measure import Candidate, jax_candidate, machine, measure, pr
 from dqjax.kernels.tuning.lookup import path_for
 from dqjax.kernels.tuning.tune import tune
 from dqjax.kernels.workloads import CASES, GENERATORS, Work
-
-log = logging.getLogger(__name__)
 
 CEILINGS = ("read",)
 """Candidates that do less than the work: what the machine could do at best."""
@@ -52,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.table:
         print("\n\n".join(markdown(json.loads(options.table.read_text()))))
         return 0
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("dqjax").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = [
         (kernel, case)
         for kernel in options.only
@@ -182,21 +178,15 @@ def _ceilings(options: argparse.Namespace) -> dict[str, float]:
 
 def _show(row: dict[str, Any]) -> None:
     shape = " ".join(f"{k}={v}" for k, v in row.items() if isinstance(v, int))
-    log.info("%s %s %s", row["kernel"], row["direction"], shape)
+    lines = [f"{row['kernel']} {row['direction']} {shape}"]
     for name, result in row["results"].items():
         if "error" in result:
-            log.info("  %-24s %s", name, result["error"])
-        else:
-            memory = result["memory_bytes"] / 2**20
-            log.info(
-                "  %-24s %9.3f ms ±%2.0f%%  %7.1f TFLOP/s  %9.1f MiB  off by %.1e",
-                name,
-                result["ms"],
-                100 * result["spread"] / 2,
-                result["tflops"],
-                memory,
-                result["relative_error"],
-            )
+            lines.append(f"  {name:24} {result['error']}")
+            continue
+        time = f"{result['ms']:9.3f} ms ±{50 * result['spread']:2.0f}%  {result['tflops']:7.1f} TFLOP/s"
+        memory = f"{result['memory_bytes'] / 2**20:9.1f} MiB"
+        lines.append(f"  {name:24} {time}  {memory}  off by {result['relative_error']:.1e}")
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":
