@@ -96,10 +96,12 @@ def with_row(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, 
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """A table for each kernel: milliseconds of the best candidate of each library, the least of a row, and what ties
-    with it within the spread of its rounds, in bold."""
-    kernels = dict.fromkeys(row["kernel"] for row in rows)
-    return [_table([row for row in rows if row["kernel"] == kernel]) for kernel in kernels]
+    """A table for each kernel, for packed rows and for dense: milliseconds of the best candidate of each library, the
+    least of a row, and what ties with it within the spread of its rounds, in bold."""
+    tables: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault((row["kernel"], row.get("mean", 0) > 0), []).append(row)
+    return [_table(of) for of in tables.values()]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
