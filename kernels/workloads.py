@@ -63,7 +63,11 @@ CASES: dict[str, dict[str, list[Any]]] = {
             AttentionCase(16, 4096, 0, 14, 2, 64),
             AttentionCase(1, 32768, 0, 28, 4, 128),
         ],
-        "decode": [DecodeCase(64, 8192, 32, 8, 128), DecodeCase(256, 2048, 16, 8, 128)],
+        "decode": [
+            DecodeCase(64, 8192, 32, 8, 128),
+            DecodeCase(256, 2048, 16, 8, 128),
+            DecodeCase(256, 512, 16, 8, 128),
+        ],
         "vocabulary": [VocabularyCase(16384, 1024, 151936), VocabularyCase(8192, 4096, 151936)],
     },
     "small": {

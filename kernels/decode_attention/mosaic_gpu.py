@@ -35,6 +35,7 @@ from dqjax.kernels.attention.mosaic_gpu import (
     stretched,
     too_old,
 )
+from dqjax.kernels.tuning.lookup import Problem, chosen
 from dqjax.kernels.varying import typed_shape, varying_axes
 
 ROWS = 64
@@ -46,7 +47,7 @@ TILE, STAGES = 64 * 128, 3
 WORKERS = 2 * SMS
 
 PARTS = (2048, 1024, 512, 256)
-"""Slots of a part: the most that leaves some parts for every multiprocessor."""
+"""Slots of a part: by rule the most that leaves some parts for every multiprocessor."""
 
 LINES = 8
 """Slots are copied in whole multiples of this."""
@@ -82,11 +83,15 @@ def mosaic_gpu_decode_attention(
     if refusal:
         raise NotImplementedError(f"decode_attention: backend 'mosaic_gpu' cannot do {refusal}; use 'xla'")
     group = N // K
-    part = next((part for part in PARTS if B * K * -(-S // part) >= 4 * SMS), PARTS[-1])
+    rule = next((part for part in PARTS if B * K * -(-S // part) >= 4 * SMS), PARTS[-1])
+    part = chosen(Problem("decode_attention", "mosaic_gpu", k_cache.dtype.name, H, group, B * K, S), PARTS, rule)
     parts = -(-S // part)
     upper = lengths.astype(jnp.int32)
     lower = jnp.zeros_like(upper) if variant.window is None else jnp.maximum(upper - variant.window, 0)
-    order = jnp.argsort(lower - upper)
+    starts = jnp.arange(parts, dtype=jnp.int32) * part
+    keys = jnp.minimum(starts + part, upper[:, None]) - jnp.maximum(starts, lower[:, None])
+    order = jnp.argsort(-jnp.maximum(keys, 0).reshape(-1))
+    sequence = order // parts
     axes = varying_axes((q, k_cache, v_cache, lengths))
     step = TILE // H
     outputs = [typed_shape((B, parts, K, group, H), q.dtype if parts == 1 else jnp.float32, axes)]
@@ -107,7 +112,7 @@ def mosaic_gpu_decode_attention(
         thread_name="warpgroup",
         compiler_params=PARAMS,
         kernel_name="decode_attention",
-    )(q.reshape(B, K, group, H), k_cache, v_cache, order, lower[order], upper[order])
+    )(q.reshape(B, K, group, H), k_cache, v_cache, order, lower[sequence], upper[sequence])
     return (out if parts == 1 else _joined(out, *lse)).reshape(B, N, H).astype(q.dtype)
 
 
@@ -119,7 +124,7 @@ def _joined(out: Float[Array, "B P K G H"], lse: Float[Array, "B P K G"]) -> Flo
 
 
 class Work(NamedTuple):
-    """The items: heads of a sequence side by side, then sequences by falling length, then parts."""
+    """The items: heads side by side, which share lines of memory, of parts of sequences in the order of a table."""
 
     heads: int
     rows: int
@@ -131,11 +136,15 @@ class Work(NamedTuple):
         return turns + (self._place(worker, turns) < rest).astype(jnp.int32)
 
     def item(self, worker, turn, order_ref, lower_ref, upper_ref):
-        """sequence, part, head, and the sequence's bounds; those of the last item past the end."""
+        """sequence, part, head, and the sequence's bounds; those of the last item past the end.
+
+        Args:
+          order_ref: sequence · parts + part of each entry; lower_ref, upper_ref: the bounds of its sequence.
+        """
         n = jnp.minimum(turn * WORKERS + self._place(worker, turn), self.heads * self.rows * self.parts - 1)
-        head, n = lax.rem(n, self.heads), n // self.heads
-        row, part = lax.rem(n, self.rows), n // self.rows
-        return order_ref[row], part, head, lower_ref[row], upper_ref[row]
+        entry, head = n // self.heads, lax.rem(n, self.heads)
+        row = order_ref[entry]
+        return row // self.parts, lax.rem(row, self.parts), head, lower_ref[entry], upper_ref[entry]
 
     @staticmethod
     def _place(worker, turn):
@@ -222,6 +231,7 @@ def _kernel(
     @pl.when(warpgroup == 2)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
+        quarter = step_size // 4
 
         @plgpu.warp_map
         def of_a_worker(warp):
@@ -231,10 +241,18 @@ def _kernel(
                     def step(i, _):
                         slot = lax.rem(before + i, STAGES)
                         barrier = warp * STAGES + slot
-                        block = sequence, pl.ds((first + i) * step_size, step_size), head
+                        start = (first + i) * step_size
+                        # All of a tile where nothing lies yet: what is not fetched must be finite.
+                        needed = jnp.where(before + i < STAGES, step_size, upper - start)
                         DONE.wait(barrier)
-                        plgpu.copy_gmem_to_smem(k_ref.at[block], k_smem.at[warp, slot], k_here.at[barrier])
-                        plgpu.copy_gmem_to_smem(v_ref.at[block], v_smem.at[warp, slot], v_here.at[barrier])
+                        needed = lax.min(needed, step_size)
+                        for rows in range(quarter, step_size + 1, quarter):
+
+                            @pl.when((needed > rows - quarter) & (needed <= rows))
+                            def copy():
+                                block, place = (sequence, pl.ds(start, rows), head), (warp, slot, pl.ds(0, rows))
+                                for ref, smem, here in ((k_ref, k_smem, k_here), (v_ref, v_smem, v_here)):
+                                    plgpu.copy_gmem_to_smem(ref.at[block], smem.at[place], here.at[barrier])
 
                     lax.fori_loop(0, steps, step, None)
 

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dqjax.kernels.attention.api import attention
 from dqjax.kernels.decode_attention.api import decode_attention
+from dqjax.kernels.decode_attention.mosaic_gpu import WORKERS, Work
 
 BACKENDS = ["reference", "xla", "tpu"]
 
@@ -115,3 +116,20 @@ def test_bad_arguments_say_what_was_expected():
         decode_attention(q, k, v, lengths, backend="paged")
     with pytest.raises(ValueError, match="at least 1"):
         decode_attention(q, k, v, lengths, window=0)
+
+
+@pytest.mark.parametrize("heads, rows, parts", [(8, 256, 1), (2, 3, 10), (8, 64, 4), (1, 1, 1), (4, 66, 1), (8, 33, 2)])
+def test_hopper_items_are_dealt_once_and_evenly(heads, rows, parts):
+    """Every item has one worker, and workers' keys, longest items first, differ by at most the longest item."""
+    work, workers = Work(heads, rows, parts), np.arange(WORKERS)
+    keys = np.random.default_rng(0).integers(0, 2048, rows * parts)
+    order = jnp.asarray(np.argsort(-keys))
+    share, seen, load = np.asarray(work.share(workers)), [], np.zeros(WORKERS, int)
+    for turn in range(share.max()):
+        sequence, part, head, length, _ = work.item(workers, turn, order, jnp.asarray(keys)[order], order)
+        has = turn < share
+        seen += list(zip(*(np.asarray(x)[has].tolist() for x in (sequence, part, head))))
+        load += np.where(has, np.asarray(length), 0)
+    assert len(seen) == len(set(seen)) == heads * rows * parts
+    assert load.max() - load.min() <= keys.max()
+    assert load.sum() == heads * keys.sum()
