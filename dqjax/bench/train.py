@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--micro-batches", type=int, default=1, metavar="N", help="parts of the rows, for all")
     parser.add_argument("--compile", action="store_true", help="transformers under torch.compile too")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="of the ways of transformers; default: all of them")
     parser.add_argument("--check-only", action="store_true", help="leave the timing out")
     parser.add_argument("--repetitions", type=int, default=2, metavar="N", help="a time is (t(2N) - t(N)) / N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the median counts; default %(default)s")
@@ -101,6 +102,7 @@ def _measure(case: Case, options: argparse.Namespace, results: dict[str, Any]) -
     """Fills `results` as far as it gets."""
     results |= _alone(describe, case.dtype)
     log.info("%(device)s, jax %(jax)s", results["machine"])
+    peers = _chosen(_peers(options, results["machine"]["platform"]), options.peers)
     work = work_of(case.batch, case.config.matmul_parameters, _attention_width(case))
     results["work"] = work._asdict()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +111,7 @@ def _measure(case: Case, options: argparse.Namespace, results: dict[str, Any]) -
         log.info("gradients: %s", json.dumps(check))
         _refuse(check, case.dtype)
         tasks: dict[str, tuple[Any, ...]] = {f"dqjax_{remat}": (time_student, case, remat) for remat in options.remat}
-        for how in _peers(options, results["machine"]["platform"]):
+        for how in peers:
             tasks[how.name] = (time_transformers, case, how, student)
         for name, task in tasks.items():
             try:
@@ -156,6 +158,16 @@ def _peers(options: argparse.Namespace, platform: str) -> list[TransformersStep]
     if options.dtype != "float32":
         peers.append(TransformersStep(attentions[0], checkpointing=True, autocast=True))
     return peers
+
+
+def _chosen(peers: list[TransformersStep], names: list[str] | None) -> list[TransformersStep]:
+    """Those of these names; all where there are none."""
+    if names is None:
+        return peers
+    known = {how.name: how for how in peers}
+    if unknown := sorted(set(names) - known.keys()):
+        raise ConfigError(f"--peers: here are {', '.join(known) or 'none'}; got {', '.join(unknown)}")
+    return [how for name, how in known.items() if name in names]
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:

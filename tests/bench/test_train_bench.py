@@ -11,6 +11,7 @@ from dqjax.bench import train
 from dqjax.bench.peers import TransformersStep
 from dqjax.bench.rows import packed_rows
 from dqjax.commands import run_command
+from dqjax.config import ConfigError
 
 SHAPE = ["--model", "miniature", "--layers", "1", "--rows", "2", "--tokens", "128", "--dtype", "float32"]
 
@@ -86,6 +87,15 @@ def test_every_way_of_transformers_has_its_name():
     ]
     assert "transformers_flex_attention" in [how.name for how in train._peers(options, "gpu")]
     assert train._peers(options, "tpu") == []
+
+
+def test_peers_are_chosen_by_name():
+    peers = [TransformersStep(), TransformersStep(checkpointing=True)]
+    assert train._chosen(peers, None) == peers
+    assert train._chosen(peers, ["transformers_sdpa_checkpointing"]) == peers[1:]
+    assert train._chosen(peers, []) == []
+    with pytest.raises(ConfigError, match="transformers_sdpa, .* got transformers_eager"):
+        train._chosen(peers, ["transformers_eager"])
 
 
 def test_rows_are_full_and_targets_stay_in_their_document():
