@@ -130,7 +130,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: floa
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default %(default)s")
     parser.add_argument("--rows", type=int, default=64, help="sequences decoded together; default %(default)s")
     parser.add_argument(
-        "--cache-gib", type=float, metavar="G", help="a device's memory for the cache; fewer rows if they do not fit"
+        "--cache-gib", type=float, metavar="G", help="a device's memory for the cache; pages, or fewer rows, if it is short"
     )
     parser.add_argument("--step", type=int, help="of a run folder's checkpoint; default: the newest intact one")
 

@@ -24,7 +24,8 @@ class Context(NamedTuple):
     sin: Float[Array, "B T h"]
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
-    lengths: Int[Array, "B"] | None = None  # with a cache: slots in use, the new tokens included
+    lengths: Int[Array, "B"] | None = None  # with a cache: positions in use, the new tokens included
+    pages: Int[Array, "B n"] | None = None  # of a cache that has some
     plan: Any = None  # the attention kernel's block plan
 
 
@@ -60,8 +61,8 @@ class Attention(nn.Module):
         else:
             valid = context.segment_ids > 0
             cache = (
-                write(cache[0], key, context.positions, valid),
-                write(cache[1], value, context.positions, valid),
+                write(cache[0], key, context.positions, valid, context.pages),
+                write(cache[1], value, context.positions, valid, context.pages),
             )
             out = _cached(q, *cache, context, self.rules, self.backend)
         return Linear("BTNH,NHD->BTD", (n, h, d), ("heads", "head_dim", "embed"), self.dtype, name="o")(out), cache
@@ -89,7 +90,10 @@ def _cached(q, keys, values, context: Context, rules: Rules, backend: str | None
     def decode(q, k, v, context):
         device = rules.mesh.devices.flat[0]  # need not be one of this process
         backend = decode_kernel.default_backend(device, k.dtype, k.shape[-1], slots)
-        return decode_kernel.decode_attention(q[:, 0], k, v, context.lengths, backend=backend)[:, None]
+        pages = context.pages
+        if pages is not None and (axes := rules.spec(("batch",), pages.shape[:1])[0]):
+            pages = pages - jax.lax.axis_index(axes) * len(k)  # numbered over all devices
+        return decode_kernel.decode_attention(q[:, 0], k, v, context.lengths, pages=pages, backend=backend)[:, None]
 
     local = decode if q.shape[1] == 1 else prefill
     return _per_shard(local, rules, q, keys, values, (context,))

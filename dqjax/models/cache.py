@@ -15,20 +15,25 @@ from dqjax.sharding import Rules
 
 
 class Cache(NamedTuple):
-    """Keys and values of S slots a row; slot s of row b holds position s once s < lengths[b].
+    """Keys and values of B sequences: a row of S slots each, or pages of S slots that a table hands out.
+
+    Position p of sequence b lies in slot p of row b, or in slot p % S of page `pages[b, p // S]`, once p < lengths[b].
 
     Attributes:
-      keys, values: one `[B, S, K, H]` array a layer.
-      lengths: `[B]` int32, slots in use.
+      keys, values: one `[B, S, K, H]` array a layer, or `[P, S, K, H]` of pages.
+      lengths: `[B]` int32, positions in use.
+      pages: of each sequence, for a new token at a time; numbers behind those in use mean nothing.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     lengths: Int[Array, "B"]
+    pages: Int[Array, "B n"] | None = None
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[1]
+        """Positions that there is room for in a sequence."""
+        return self.keys[0].shape[1] * (1 if self.pages is None else self.pages.shape[1])
 
 
 def make_cache(config: ModelConfig, rules: Rules, *, rows: int, capacity: int, dtype: DTypeLike) -> Cache:
@@ -40,10 +45,18 @@ def make_cache(config: ModelConfig, rules: Rules, *, rows: int, capacity: int, d
 
 
 def write(
-    cache_layer: Float[Array, "B S K H"], new: Float[Array, "B T K H"], positions: Int[Array, "B T"], valid: Bool[Array, "B T"]
-) -> Float[Array, "B S K H"]:
-    """Puts the T new entries into their slots (slot = position); entries that are not valid are dropped."""
-    outside = cache_layer.shape[1] + jnp.arange(new.shape[1])  # no two alike, so that no write waits for another
-    slots = jnp.where(valid, positions, outside)
-    rows = jnp.arange(cache_layer.shape[0])[:, None]
+    cache_layer: Float[Array, "P S K H"],
+    new: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    pages: Int[Array, "B n"] | None = None,
+) -> Float[Array, "P S K H"]:
+    """Puts the T new entries into their slots; entries that are not valid are dropped. `pages` as in `Cache`."""
+    (P, S), (B, T) = cache_layer.shape[:2], positions.shape
+    if pages is None:
+        rows, slots = jnp.arange(B)[:, None], jnp.where(valid, positions, S + jnp.arange(T))
+    else:
+        rows, slots = jnp.take_along_axis(pages, positions // S, axis=1, mode="clip"), positions % S
+        rows = jnp.where(valid, rows, P + jnp.arange(B * T).reshape(B, T))
+    # No two places are alike, those outside included, so that no write waits for another.
     return cache_layer.at[rows, slots].set(new.astype(cache_layer.dtype), mode="drop", unique_indices=True)

@@ -217,8 +217,10 @@ class Decoder:
             return self._network.apply({"params": params}, tokens, context), None
         valid = (segment_ids > 0).astype(jnp.int32)
         lengths = jnp.maximum(cache.lengths, jnp.max((positions + 1) * valid, axis=1))
-        context = self._context(positions, segment_ids, lengths=lengths)
+        context = self._context(positions, segment_ids, lengths=lengths, pages=cache.pages)
         if tokens.shape[1] > 1:
+            if cache.pages is not None:
+                raise ValueError(f"a cache with pages takes a token of each row at a time, got {tokens.shape[1]}")
             context = context._replace(plan=cached_plan(context, cache.keys[0].shape[1], self._backend))
         c, dtype = self.config, jnp.dtype(self.dtype)
         x = Embedding(c, self.rules, dtype).apply({"params": params["embed"]}, tokens)
@@ -229,7 +231,7 @@ class Decoder:
             keys.append(k)
             values.append(v)
         x = RMSNorm(c.norm_eps, dtype).apply({"params": params["final_norm"]}, x)
-        return x, Cache(tuple(keys), tuple(values), lengths)
+        return x, Cache(tuple(keys), tuple(values), lengths, cache.pages)
 
     def output_table(self, params: Params) -> Float[Array, "V D"]:
         """The table whose product with a hidden state gives the logits, in `dtype`, split over tensor only."""

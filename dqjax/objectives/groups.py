@@ -50,7 +50,8 @@ class PolicyConfig(GRPOConfig):
     max_new_tokens: the limit of a sample, thinking included; with its prompt it has to fit into data.row_length.
     temperature: of sampling, and so of the policy that is trained. No top-k or top-p: they would sample from another one.
     thinking: ask in thinking mode.
-    decode_rows: sequences decoded together, which bounds the cache; null takes all samples of a rollout.
+    decode_rows: sequences decoded together, which bounds the cache; null takes all samples of a rollout. cache_gib: a
+      device's memory for the cache; if it is short, there are pages, or fewer rows. null: what decode_rows need.
     uninformative: groups whose rewards are all equal teach nothing: `keep` them in the mean, `drop` them, or `refill` the
       batch with other problems (DAPO's dynamic sampling), up to `rounds` rounds of sampling in all.
     reward: terms and weights.
@@ -66,6 +67,7 @@ class PolicyConfig(GRPOConfig):
     temperature: float = Field(1.0, gt=0)
     thinking: Literal["on", "off"] = "on"
     decode_rows: int | None = Field(None, ge=1)
+    cache_gib: float | None = Field(None, gt=0)
     uninformative: Literal["keep", "drop", "refill"] = "keep"
     rounds: int = Field(4, ge=1)
     reward: MixConfig = MixConfig()

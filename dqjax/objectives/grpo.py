@@ -69,7 +69,12 @@ def grpo(config: Config, model: Model, rules: Rules, run: pathlib.Path) -> Setup
         dtype=config.model.dtype,
     )
     mix = Mix(objective.reward, sources)
-    limits = {"stop_ids": model.chat.stop_ids, "vocab": model.vocab, "max_new_tokens": objective.max_new_tokens}
+    limits = {
+        "stop_ids": model.chat.stop_ids,
+        "vocab": model.vocab,
+        "max_new_tokens": objective.max_new_tokens,
+        "cache_bytes": None if objective.cache_gib is None else int(objective.cache_gib * 2**30),
+    }
     shards = rules.batch_shards
     rows = -(-(objective.decode_rows or objective.prompts * objective.group_size) // shards) * shards
     sampling = Sampling(temperature=objective.temperature)

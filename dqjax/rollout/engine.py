@@ -5,6 +5,10 @@ sample has ended gets the next one. Prompts are prefilled ahead, in lanes of the
 so that a free slot does not wait. All programs have fixed shapes: they are compiled once for an engine, and again only
 when a prompt comes that is longer than any before and outgrows the cache, or once for each capacity that a large cache
 grows through (`layout.py`).
+
+Where the cache has pages, a sample starts once there are some for its prompt and one more for every sample in its
+shard. When they run out all the same, the youngest sample gives its own back and begins anew later: its seed makes it
+the same again.
 """
 
 import collections
@@ -20,6 +24,7 @@ import numpy as np
 from dqjax.models.cache import Cache, make_cache
 from dqjax.models.decoder import Decoder
 from dqjax.rollout.layout import Layout, plan_layout
+from dqjax.rollout.pages import Pages
 from dqjax.rollout.programs import (
     NEVER,
     NOTHING,
@@ -94,7 +99,8 @@ class Engine:
       seed: of all samples; each has its own besides.
       thinking_end: ends thinking, for prompts with a budget.
       stop_strings: end a sample besides `stop_ids`; looked for between calls.
-      cache_bytes: memory of a device for the key-value cache; fewer rows are decoded together where `rows` do not fit.
+      cache_bytes: memory of a device for the key-value cache. Where the longest samples would not fit in `rows`, the
+        cache has pages, or fewer rows are decoded together (`layout.py`).
 
     Raises:
       ValueError: no stop ids, or rows that do not divide over the mesh.
@@ -196,6 +202,7 @@ class _Answer:
 
     number: int
     prompt: Prompt
+    lane: _Lane
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     force_at: int | None = None
@@ -233,6 +240,7 @@ class _Run:
         self._answers: dict[int, _Answer] = {}
         self._finished: dict[int, Sample] = {}
         self._layout: Layout | None = None
+        self._pages: Pages | None = None
 
     def samples(self) -> Iterator[Sample]:
         number = 0
@@ -258,7 +266,8 @@ class _Run:
         self._load()
         while self._lanes and (free := self._free):
             if any(lane.left == 0 for lane in self._lanes.values()):
-                self._admit(free)
+                if not self._admit(free):
+                    return
             else:
                 self._prefill()
             self._load()
@@ -290,7 +299,11 @@ class _Run:
         decoder = self._engine.decoder
         self._slots = self._prefilled = None  # before there are two
         layout = self._layout = self._engine.layout(prompt_tokens)
-        self._slots = make_slots(decoder, slots=layout.slots, capacity=layout.capacities[0])
+        capacity, page, pages, slots = layout.capacities[0], layout.page, layout.pages, layout.slots
+        self._slots = make_slots(decoder, slots=slots, capacity=page or capacity, pages=pages)
+        if page:
+            shards = decoder.rules.batch_shards
+            self._pages = Pages(slots=slots, pages=pages, size=page, width=capacity // page, shards=shards)
         self._prefilled = make_cache(
             decoder.config, decoder.rules, rows=layout.lanes, capacity=layout.room, dtype=decoder.dtype
         )
@@ -306,25 +319,67 @@ class _Run:
         engine = self._engine
         self._prefilled = engine.prefill(engine.decoder, self._params, self._prefilled, tokens, starts, counts)
 
-    def _admit(self, free: Sequence[int]) -> None:
-        """Starts as many samples of prefilled lanes as there are free slots and entries of an admission."""
+    def _admit(self, free: list[int]) -> bool:
+        """Starts as many samples of prefilled lanes as there are free slots, entries of an admission, and pages.
+
+        Returns:
+          Whether it was one at least.
+        """
         size = self._layout.lanes
         slot = np.arange(self._layout.slots, self._layout.slots + size, dtype=np.int32)
         entry = Admission(slot, *(np.zeros(size, np.int32) for _ in range(4)))._replace(seed=np.zeros(size, np.uint32))
+        if self._pages is not None:
+            nowhere = self._layout.pages + np.arange(size * self._layout.room // self._layout.page, dtype=np.int32)
+            entry = entry._replace(pages=nowhere.reshape(size, -1))
         ready = [i for i, lane in self._lanes.items() if lane.left == 0]
-        waiting = ((i, self._lanes[i]) for i in ready for _ in range(len(self._lanes[i].waiting)))
-        for k, (slot, (i, lane)) in enumerate(zip(free[:size], waiting)):
+        waiting = [(i, self._lanes[i]) for i in ready for _ in range(len(self._lanes[i].waiting))]
+        started = 0
+        for k, (i, lane) in enumerate(waiting[: min(size, len(free))]):
+            slot = self._place(lane, free, None if entry.pages is None else entry.pages[k])
+            if slot is None:
+                break
+            free.remove(slot)
             number, prompt = lane.waiting.popleft()
             values = (slot, i, len(lane.token_ids) - 1, lane.token_ids[-1], prompt.seed & 0xFFFFFFFF)
             for array, value in zip(entry, values):
                 array[k] = value
-            self._answers[slot] = _Answer(number, prompt)
+            self._answers[slot] = _Answer(number, prompt, lane)
+            started += 1
             if not lane.waiting:
                 del self._lanes[i]
-        self._slots = self._engine.admit(self._slots, self._prefilled, entry)
+        if started:
+            self._slots = self._engine.admit(self._slots, self._prefilled, entry)
+        return started > 0
+
+    def _place(self, lane: _Lane, free: Sequence[int], copied: np.ndarray | None) -> int | None:
+        """A free slot for a sample of a lane, with pages if the cache has some; `copied` gets those to fill.
+
+        A group shares the whole pages of its prompt as long as one of it is there.
+        """
+        if copied is None:
+            return free[0]
+        book, cached = self._pages, len(lane.token_ids) - 1
+        whole = cached // self._layout.page
+        kin = {book.shard(slot): slot for slot, answer in self._answers.items() if answer.lane is lane}
+        first = {book.shard(slot): slot for slot in reversed(free)}
+        for shard in sorted(first, key=lambda shard: (shard not in kin, -book.free(shard))):
+            slot, shared = first[shard], whole if shard in kin else 0
+            others = sum(book.shard(slot) == shard for slot in self._answers)
+            positions = cached + self._engine.fixed.steps
+            if others and book.free(shard) < book.needed(positions) - shared + others:
+                continue
+            if shared:
+                book.share(slot, kin[shard], shared)
+            book.extend(slot, positions)
+            filled = slice(shared, book.needed(cached))
+            copied[filled] = book.table[slot, filled]
+            return slot
+        return None
 
     def _resize(self) -> None:
         """Fits the slots' cache to the longest sample, one layer after another: only one is there twice."""
+        if self._pages is not None:
+            return
         cache = self._slots.cache
         needed = max(answer.length for answer in self._answers.values()) + self._engine.fixed.steps
         capacity = self._layout.capacity_for(needed, cache.capacity)
@@ -338,13 +393,32 @@ class _Run:
                 layers[i] = self._engine.resize(layers[i], capacity)
         self._slots = rest._replace(cache=Cache(tuple(keys), tuple(values), lengths))
 
+    def _secure_pages(self) -> None:
+        """Gives every sample the pages of the next call, the oldest first; the youngest yield where there are too few."""
+        in_order = sorted(self._answers, key=lambda slot: self._answers[slot].number)
+        for slot in in_order:
+            while slot in self._answers:
+                if self._pages.extend(slot, self._answers[slot].length - 1 + self._engine.fixed.steps):
+                    break
+                shard = self._pages.shard(slot)
+                youngest = next(s for s in reversed(in_order) if s in self._answers and self._pages.shard(s) == shard)
+                answer = self._answers.pop(youngest)
+                self._pages.release(youngest)
+                lane = _Lane(answer.prompt.token_ids, collections.deque([(answer.number, answer.prompt)]))
+                self._queue.appendleft(lane)
+
     def _decode(self) -> None:
-        engine = self._engine
+        engine, book = self._engine, self._pages
         self._resize()
+        if book is not None:
+            self._secure_pages()
         stop_at, force_at = np.zeros(self._layout.slots, np.int32), np.full(self._layout.slots, NEVER, np.int32)
         for slot, answer in self._answers.items():
             stop_at[slot], force_at[slot] = answer.bounds(engine.limit, engine.thinking_end)
-        self._slots, made = engine.decode(engine.decoder, engine.fixed, self._params, self._slots, stop_at, force_at)
+        table = None if book is None else book.table
+        self._slots, made = engine.decode(
+            engine.decoder, engine.fixed, self._params, self._slots, stop_at, force_at, table
+        )
         made = jax.device_get(made)
         counts = (made.tokens != NOTHING).sum(axis=0).tolist()
         for slot, answer in list(self._answers.items()):
@@ -354,6 +428,8 @@ class _Run:
             if sample := self._ended(answer, new):
                 self._finished[answer.number] = sample
                 del self._answers[slot]
+                if book is not None:
+                    book.release(slot)
 
     def _ended(self, answer: _Answer, new: int) -> Sample | None:
         """The sample, if its last `new` tokens end it."""

@@ -5,7 +5,8 @@
     prompts --prefill--> lanes [R, room] --admit--> slots [B, capacity] --decode--> tokens [N, B]
 
 A lane holds a prompt but its last token. That token is the first one a slot is fed, so that decoding alone samples, and
-a prompt that a group shares is prefilled once and its lane copied to as many slots as it has samples.
+a prompt that a group shares is prefilled once and its lane copied to as many slots as it has samples. Slots have a row
+of the cache each or, where it has pages, what the host's table gives them; then a group shares the prompt's whole pages.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ class Slots(NamedTuple):
 class Admission(NamedTuple):
     """Which lane is copied to which slot; a slot past the last one is no entry.
 
-    `length` are the tokens of the lane, `token` the last one of the prompt.
+    `length` are the tokens of the lane, `token` the last one of the prompt. `pages` says where the lane goes, page by page,
+    if the cache has pages; past the last one, and no two alike, for what is not copied.
     """
 
     slot: Int[Array, "A"]
@@ -49,6 +51,7 @@ class Admission(NamedTuple):
     length: Int[Array, "A"]
     token: Int[Array, "A"]
     seed: UInt[Array, "A"]
+    pages: Int[Array, "A m"] | None = None
 
 
 class Made(NamedTuple):
@@ -92,11 +95,12 @@ def prefill(
     return decoder.apply(params, tokens, starts[:, None] + place, segments, lanes._replace(lengths=starts))[1]
 
 
-def make_slots(decoder: Decoder, *, slots: int, capacity: int) -> Slots:
-    """Slots without samples."""
-    row = decoder.rules.sharding(("batch",), (slots,))
+def make_slots(decoder: Decoder, *, slots: int, capacity: int, pages: int = 0) -> Slots:
+    """Slots without samples: a row of `capacity` positions each, or so many pages of it."""
+    rules, row = decoder.rules, decoder.rules.sharding(("batch",), (slots,))
+    cache = make_cache(decoder.config, rules, rows=pages or slots, capacity=capacity, dtype=decoder.dtype)
     return Slots(
-        make_cache(decoder.config, decoder.rules, rows=slots, capacity=capacity, dtype=decoder.dtype),
+        cache._replace(lengths=jnp.zeros(slots, jnp.int32, device=row)),
         token=jnp.zeros(slots, jnp.int32, device=row),
         count=jnp.zeros(slots, jnp.int32, device=row),
         seed=jnp.zeros(slots, jnp.uint32, device=row),
@@ -108,7 +112,10 @@ def admit(slots: Slots, lanes: Cache, entry: Admission) -> Slots:
 
     def copy(of_slots, of_lanes):
         rows = of_lanes[entry.lane]
-        return of_slots.at[entry.slot, : of_lanes.shape[1]].set(rows, mode="drop", unique_indices=True)
+        if entry.pages is None:
+            return of_slots.at[entry.slot, : of_lanes.shape[1]].set(rows, mode="drop", unique_indices=True)
+        pages = rows.reshape(*entry.pages.shape, *of_slots.shape[1:])
+        return of_slots.at[entry.pages].set(pages, mode="drop", unique_indices=True)
 
     def put(old, new):
         return old.at[entry.slot].set(new, mode="drop", unique_indices=True)
@@ -137,6 +144,7 @@ def decode(
     slots: Slots,
     stop_at: Int[Array, "B"],
     force_at: Int[Array, "B"],
+    pages: Int[Array, "B n"] | None = None,
 ) -> tuple[Slots, Made]:
     """Makes up to `fixed.steps` tokens of each sample; a slot whose sample stops is idle for the rest.
 
@@ -144,6 +152,7 @@ def decode(
       params: as `Decoder.unstack` gives them.
       stop_at: number of tokens at which a sample pauses or ends; 0 for a slot without one.
       force_at: number of tokens behind which `fixed.closing` follows, whatever the policy would say; `NEVER`.
+      pages: of each slot, enough for all steps, if the cache has pages.
     """
     stops = jnp.asarray(fixed.stop_ids, jnp.int32)
     base = jax.random.key(fixed.seed)
@@ -151,12 +160,12 @@ def decode(
 
     def step(carry, _):
         slots, active = carry
-        cache = slots.cache._replace(
-            lengths=jnp.where(active, slots.cache.lengths, 0)
-        )  # an idle slot has nothing to read
+        lengths = jnp.where(active, slots.cache.lengths, 0)  # an idle slot has nothing to read
+        cache = slots.cache._replace(lengths=lengths, pages=pages)
         segments = active[:, None].astype(jnp.int32)
         hidden, cache = decoder.apply(params, slots.token[:, None], cache.lengths[:, None], segments, cache)
-        cache = cache._replace(lengths=jnp.where(active, cache.lengths, slots.cache.lengths))  # it may be paused
+        lengths = jnp.where(active, cache.lengths, slots.cache.lengths)  # it may be paused
+        cache = cache._replace(lengths=lengths, pages=None)
         logits = _logits(decoder, params, hidden[:, 0], fixed.vocab)
         forced = _forced(slots.count - force_at, fixed.closing)
         token, logprob = sample(logits, keys, slots.count, fixed.sampling, forced)

@@ -5,7 +5,7 @@ keys of a sequence's key-value head; items are dealt to two workers a multiproce
 other turn backwards, so that everyone's share weighs the same. A worker is a warpgroup, which multiplies the head's group
 of queries, in the first of the 64 rows of a tensor-core product, and a warp, which fetches keys and values ahead of it:
 up to the sequence's length and no further, and on into the next item while the warpgroup ends this one. The parts are
-put together by their lse.
+put together by their lse. Of a cache of pages the warp that fetches reads the table, a tile ahead.
 """
 
 import functools
@@ -70,19 +70,28 @@ def why_not_mosaic_gpu(dtype: jax.typing.DTypeLike, head_size: int, slots: int) 
 @functools.partial(jax.jit, static_argnames="variant")  # layers share what is traced and lowered
 def mosaic_gpu_decode_attention(
     q: Float[Array, "B N H"],
-    k_cache: Float[Array, "B S K H"],
-    v_cache: Float[Array, "B S K H"],
+    k_cache: Float[Array, "P S K H"],
+    v_cache: Float[Array, "P S K H"],
     lengths: Int[Array, "B"],
     variant: Variant,
+    pages: Int[Array, "B n"] | None = None,
 ) -> Float[Array, "B N H"]:
-    """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite."""
+    """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite.
+
+    A page is a whole number of tiles; all numbers in `pages` are pages.
+    """
     (B, N, H), (S, K) = q.shape, k_cache.shape[1:3]
+    step = TILE // H
     refusal = why_not_mosaic_gpu(q.dtype, H, S)
     if refusal is None and N // K > ROWS:
         refusal = f"more than {ROWS} queries a key-value head"
+    if refusal is None and pages is not None and S % step:
+        refusal = f"pages whose slots are no multiple of {step}"
     if refusal:
         raise NotImplementedError(f"decode_attention: backend 'mosaic_gpu' cannot do {refusal}; use 'xla'")
     group = N // K
+    tables = () if pages is None else (pages.reshape(-1),)
+    page, S = S, S if pages is None else S * pages.shape[1]
     rule = next((part for part in PARTS if B * K * -(-S // part) >= 4 * SMS), PARTS[-1])
     part = chosen(Problem("decode_attention", "mosaic_gpu", k_cache.dtype.name, H, group, B * K, S), PARTS, rule)
     parts = -(-S // part)
@@ -92,13 +101,14 @@ def mosaic_gpu_decode_attention(
     keys = jnp.minimum(starts + part, upper[:, None]) - jnp.maximum(starts, lower[:, None])
     order = jnp.argsort(-jnp.maximum(keys, 0).reshape(-1))
     sequence = order // parts
-    axes = varying_axes((q, k_cache, v_cache, lengths))
-    step = TILE // H
+    axes = varying_axes((q, k_cache, v_cache, lengths, tables))
     outputs = [typed_shape((B, parts, K, group, H), q.dtype if parts == 1 else jnp.float32, axes)]
     if parts > 1:
         outputs.append(typed_shape((B, parts, K, group), jnp.float32, axes))
     out, *lse = plgpu.kernel(
-        functools.partial(_kernel, variant=variant, part_size=part, work=Work(K, B, parts)),
+        functools.partial(
+            _kernel, variant=variant, part_size=part, work=Work(K, B, parts), page_size=page if tables else None
+        ),
         out_type=tuple(outputs),
         scratch_types=dict(
             k_smem=plgpu.SMEM((2, STAGES, step, H), q.dtype, transforms=TRANSFORMS),
@@ -112,7 +122,7 @@ def mosaic_gpu_decode_attention(
         thread_name="warpgroup",
         compiler_params=PARAMS,
         kernel_name="decode_attention",
-    )(q.reshape(B, K, group, H), k_cache, v_cache, order, lower[sequence], upper[sequence])
+    )(q.reshape(B, K, group, H), k_cache, v_cache, order, lower[sequence], upper[sequence], *tables)
     return (out if parts == 1 else _joined(out, *lse)).reshape(B, N, H).astype(q.dtype)
 
 
@@ -167,9 +177,10 @@ def _over_items(work: Work, worker, table, part_size, step_size, body):
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, order_ref, lower_ref, upper_ref, out_ref, *lse_refs,
-    k_smem, v_smem, k_here, v_here, variant, part_size, work,
+    q_ref, k_ref, v_ref, order_ref, lower_ref, upper_ref, *refs,
+    k_smem, v_smem, k_here, v_here, variant, part_size, work, page_size,
 ):  # fmt: skip
+    page_refs, (out_ref, *lse_refs) = (refs[:0], refs) if page_size is None else (refs[:1], refs[1:])
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     step_size, H = k_smem.shape[2:]
     over_items = functools.partial(
@@ -232,16 +243,26 @@ def _kernel(
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
         quarter = step_size // 4
+        width = None if page_size is None else page_refs[0].shape[0] // q_ref.shape[0]
 
         @plgpu.warp_map
         def of_a_worker(warp):
             @pl.when(warp < 2)
             def all_items():
                 def item(sequence, part, head, lower, upper, first, steps, before):
-                    def step(i, _):
+                    def row_of(i):
+                        """Where the i-th tile lies: the sequence's row, or a page of it."""
+                        if page_size is None:
+                            return sequence
+                        place = lax.div((first + lax.min(i, lax.max(steps - 1, 0))) * step_size, page_size)
+                        return page_refs[0][sequence * width + place]
+
+                    def step(i, row):
+                        upcoming = row_of(i + 1)
                         slot = lax.rem(before + i, STAGES)
                         barrier = warp * STAGES + slot
                         start = (first + i) * step_size
+                        here = start if page_size is None else lax.rem(start, page_size)
                         # All of a tile where nothing lies yet: what is not fetched must be finite.
                         needed = jnp.where(before + i < STAGES, step_size, upper - start)
                         DONE.wait(barrier)
@@ -250,11 +271,13 @@ def _kernel(
 
                             @pl.when((needed > rows - quarter) & (needed <= rows))
                             def copy():
-                                block, place = (sequence, pl.ds(start, rows), head), (warp, slot, pl.ds(0, rows))
-                                for ref, smem, here in ((k_ref, k_smem, k_here), (v_ref, v_smem, v_here)):
-                                    plgpu.copy_gmem_to_smem(ref.at[block], smem.at[place], here.at[barrier])
+                                block, place = (row, pl.ds(here, rows), head), (warp, slot, pl.ds(0, rows))
+                                for ref, smem, full in ((k_ref, k_smem, k_here), (v_ref, v_smem, v_here)):
+                                    plgpu.copy_gmem_to_smem(ref.at[block], smem.at[place], full.at[barrier])
 
-                    lax.fori_loop(0, steps, step, None)
+                        return upcoming
+
+                    lax.fori_loop(0, steps, step, row_of(jnp.int32(0)))
 
                 over_items(2 * sm + warp, body=item)
 

@@ -12,7 +12,6 @@ sequence's length, or before its window, are neither fetched nor computed. A blo
 That is K times the arithmetic and still less than the fetch: decoding waits for memory.
 """
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,12 +32,16 @@ MASKED = -1e30
 
 def tpu_decode_attention(
     q: Float[Array, "B N H"],
-    k_cache: Float[Array, "B S K H"],
-    v_cache: Float[Array, "B S K H"],
+    k_cache: Float[Array, "P S K H"],
+    v_cache: Float[Array, "P S K H"],
     lengths: Int[Array, "B"],
     variant: Variant,
+    pages: Int[Array, "B n"] | None = None,
 ) -> Float[Array, "B N H"]:
-    """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite."""
+    """As the reference, with the weights rounded to the cache's dtype; slots past `lengths` must be finite.
+
+    A page is a whole number of blocks, which the grid's index map finds through the table; all its numbers are pages.
+    """
     B, N, H = q.shape
     S, K = k_cache.shape[1:3]
     problem = Problem("decode_attention", "tpu", k_cache.dtype.name, H, N // K, B * K, S)
@@ -47,17 +50,25 @@ def tpu_decode_attention(
     first = jnp.zeros_like(lengths) if variant.window is None else jnp.maximum(lengths - variant.window, 0) // slots
     blocks = jnp.maximum(-(-lengths // slots) - first, 1)  # one idle step for an empty sequence, to write its zeros
 
-    def cache_index(b, s, lengths, first, blocks):
-        return b, first[b] + jnp.minimum(s, blocks[b] - 1), 0, 0
+    def cache_index(b, s, lengths, first, blocks, *table):
+        block = first[b] + jnp.minimum(s, blocks[b] - 1)
+        if pages is None:
+            return b, block, 0, 0
+        a_page = jnp.int32(S // slots)
+        return table[0][b * pages.shape[1] + lax.div(block, a_page)], lax.rem(block, a_page), 0, 0
 
     def query_index(b, s, *_):
         return b, 0, 0
 
-    kernel = functools.partial(_kernel, slots, K, variant)
+    tables = () if pages is None else (pages.reshape(-1),)
+
+    def kernel(lengths, first, blocks, *refs):
+        _kernel(slots, K, variant, lengths, first, blocks, *refs[len(tables) :])
+
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=3 + len(tables),
             grid=(B, jnp.max(blocks)),
             in_specs=[
                 pl.BlockSpec((1, N, H), query_index),
@@ -71,15 +82,15 @@ def tpu_decode_attention(
                 pltpu.VMEM((N, H), jnp.float32),
             ],
         ),
-        out_shape=typed_shape((B, N, H), q.dtype, varying_axes((q, k_cache, v_cache, lengths))),
+        out_shape=typed_shape((B, N, H), q.dtype, varying_axes((q, k_cache, v_cache, lengths, tables))),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=4 * B * N * S * K * H,
-            transcendentals=B * N * S * K,
+            flops=4 * N * k_cache.size,
+            transcendentals=N * k_cache.size // H,
             bytes_accessed=2 * k_cache.size * k_cache.dtype.itemsize + 2 * q.size * q.dtype.itemsize,
         ),
         name="decode_attention",
-    )(lengths, first, blocks, q, k_cache, v_cache)
+    )(lengths, first, blocks, *tables, q, k_cache, v_cache)
 
 
 def _kernel(slots, heads, variant, lengths, first, blocks, q, k, v, out, peak, total, acc):

@@ -108,6 +108,25 @@ def test_what_the_tpu_kernel_cannot_do_is_said():
         decode_attention(q, k, v, lengths, backend="tpu")
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_are_read_through_their_table(backend, options):
+    """Shared pages, lengths on and beside a page's end, and numbers behind the last page that are none."""
+    P, page, n, B, N, K, H = 11, 32, 4, 6, 4, 2, 32
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.normal(size=(B, N, H)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(P, page, K, H)), jnp.float32) for _ in range(2))
+    lengths = np.array([0, 1, 32, 33, 100, 128], np.int32)
+    table = rng.integers(0, P, (B, n)).astype(np.int32)
+    table[4, :2] = table[5, :2]
+    rows = [x[table].reshape(B, n * page, K, H) for x in (np.asarray(k), np.asarray(v))]
+    dead = np.arange(n) * page >= lengths[:, None]
+    table[dead] = rng.choice([-3, P, P + 7], dead.sum())
+    with interpreted(backend):
+        out = decode_attention(q, k, v, jnp.asarray(lengths), pages=jnp.asarray(table), backend=backend, **options)
+    np.testing.assert_allclose(out, oracle(q, *rows, lengths, **options), atol=2e-6)
+
+
 def test_bad_arguments_say_what_was_expected():
     q, k, v, lengths = draw(4, 2, 10, 4, 2, 16, "float32")
     with pytest.raises(ValueError, match="with K dividing N"):

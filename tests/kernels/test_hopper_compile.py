@@ -59,12 +59,13 @@ from dqjax.topology import devices_of
 head_size = int(sys.argv[1])
 place = jax.sharding.SingleDeviceSharding(devices_of("h200:1")[0])
 
-def attend(q, k_cache, v_cache, lengths):
-    return decode_attention(q, k_cache, v_cache, lengths, backend="mosaic_gpu")
+def attend(q, k_cache, v_cache, lengths, pages=None):
+    return decode_attention(q, k_cache, v_cache, lengths, pages=pages, backend="mosaic_gpu")
 
 cache = (256, 512, 8, head_size), jnp.bfloat16
-shapes = ((256, 16, head_size), jnp.bfloat16), cache, cache, ((256,), jnp.int32)
+shapes = ((256, 16, head_size), jnp.bfloat16), cache, cache, ((256,), jnp.int32), ((256, 4), jnp.int32)
 operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+jax.jit(attend).lower(*operands[:4]).compile()
 jax.jit(attend).lower(*operands).compile()
 """
 

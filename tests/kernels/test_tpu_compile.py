@@ -85,10 +85,15 @@ def test_a_layer_sharded_over_batch_and_heads():
 
 
 @pytest.mark.parametrize("name", IN_CI)
-def test_decode_attention_reads_the_cache_in_place(name):
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode_attention_reads_the_cache_in_place(name, paged):
     B, S, N, K, H = 16, 8192, 32, 8, 128
-    cache = (B, S, K, H), jnp.bfloat16
-    operands = shapes_on(name, ((B, N, H), jnp.bfloat16), cache, cache, ((B,), jnp.int32))
-    lowered = jax.jit(lambda *a: decode_attention(*a, backend="tpu")).lower(*operands)
+    page = 256
+    cache = (B * S // page, page, K, H) if paged else (B, S, K, H)
+    shapes = (B, N, H), cache, cache, (B,), (B, S // page)
+    dtypes = jnp.bfloat16, jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.int32
+    q, k, v, lengths, table = shapes_on(name, *zip(shapes, dtypes))
+    pages = {"pages": table} if paged else {}
+    lowered = jax.jit(functools.partial(decode_attention, backend="tpu")).lower(q, k, v, lengths, **pages)
     assert 'kernel_name = "decode_attention"' in lowered.as_text()
     assert lowered.compile().memory_analysis().temp_size_in_bytes < B * S * K * H * 2 // 10
