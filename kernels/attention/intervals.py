@@ -27,7 +27,7 @@ TILE = 128
 """Queries of a tile in the forward and dq kernels, keys of one in the dk, dv kernel."""
 
 PART = TILE // 2
-"""What a warpgroup owns of a tile."""
+"""What a warpgroup owns of a tile; queries of a tile that two warpgroups share by heads."""
 
 STEP_KV, STEP_Q = 128, 64
 """Keys that a tile of queries takes in a step, queries that a tile of keys takes."""
@@ -41,7 +41,7 @@ OUT_OF_ORDER = -1
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("lower", "upper", "q_tiles", "kv_tiles"),
+    data_fields=("lower", "upper", "q_tiles", "q_parts", "kv_tiles"),
     meta_fields=("length_q", "length_kv", "causal", "window"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class IntervalPlan:
       lower, upper: [B, T'] int32 with T' whole tiles; both 0 where a query sees nothing.
       q_tiles: [B, T' / TILE, 11] int32: tile of queries, start, steps of STEP_KV keys; begin, lower_to, upper_from and
         end of its first half, then of its second.
+      q_parts: [B, T' / PART, 7] int32: the same of tiles of PART queries, for warpgroups that take a head each.
       kv_tiles: [B, S' / TILE, 7] int32: tile of keys, start, steps of STEP_Q queries; the four of the whole tile, since
         halves that skip steps were not faster there.
       length_q, length_kv: tokens in a row.
@@ -65,6 +66,7 @@ class IntervalPlan:
     lower: Any
     upper: Any
     q_tiles: Any
+    q_parts: Any
     kv_tiles: Any
     length_q: int
     length_kv: int
@@ -85,9 +87,10 @@ def build_intervals(tokens: Tokens, *, causal: bool, window: int | None, shared:
     lower, upper, in_order = _intervals(tokens, causal, window, shared)
     t, s = (-(-length // TILE) * TILE for length in (T, S))
     lower, upper = (jnp.pad(x, ((0, 0), (0, t - T))) for x in (lower, upper))
-    q_tiles, kv_tiles = _tiles_of_queries(lower, upper, s), _tiles_of_keys(lower, upper, s)
+    q_tiles, q_parts = (_tiles_of_queries(lower, upper, s, parts) for parts in (2, 1))
+    kv_tiles = _tiles_of_keys(lower, upper, s)
     lower = jnp.where(in_order[:, None], lower, OUT_OF_ORDER)
-    return IntervalPlan(lower, upper, q_tiles, kv_tiles, T, S, causal, window)
+    return IntervalPlan(lower, upper, q_tiles, q_parts, kv_tiles, T, S, causal, window)
 
 
 def check_order(plan: IntervalPlan) -> None:
@@ -162,8 +165,10 @@ def _running_max(x: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(within, earlier[:, :, None]).reshape(B, -1)[:, :T]
 
 
-def _tiles_of_queries(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B I 11"]:
-    lower, upper = (x.reshape(len(lower), -1, 2, PART) for x in (lower, upper))
+def _tiles_of_queries(
+    lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int, parts: int
+) -> Int[Array, "B I C"]:
+    lower, upper = (x.reshape(len(lower), -1, parts, PART) for x in (lower, upper))
     first = jnp.min(jnp.where(lower < upper, lower, length_kv), axis=3)
     end = jnp.max(upper, axis=3)
     return _listed(first, end, jnp.max(lower, axis=3), jnp.min(upper, axis=3), STEP_KV, length_kv, at_end=True)

@@ -1,10 +1,11 @@
 """Attention on Hopper GPUs (sm90) in Pallas's Mosaic GPU dialect: the forward pass.
 
-A block of threads owns a tile of 128 queries of one head. Two warpgroups compute 64 queries each, taking turns at the
-tensor cores (one multiplies while the other does its softmax, Shah et al., FlashAttention-3, 2024); a third fetches the
-next keys and values. A turn is the product with the last block's values and, right behind it, the one with the next
-block's keys. Only the keys that the plan lists are fetched; a warpgroup passes over the blocks that only the other needs,
-and masks those on the edge of a query's interval.
+A block of threads owns a tile of 64 queries of two heads that share their keys, or, where an odd number of heads do, of
+128 queries of one head. Two warpgroups compute 64 queries each, taking turns at the tensor cores (one multiplies while the
+other does its softmax, Shah et al., FlashAttention-3, 2024); a third fetches the next keys and values. A turn is the
+product with the last block's values and, right behind it, the one with the next block's keys. Only the keys that the plan
+lists are fetched; a warpgroup masks the blocks on the edge of a query's interval and passes over those that only the
+other needs.
 """
 
 import functools
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.attention.intervals import ALIGNED, OUT_OF_ORDER, PART, STEP_KV, TILE, IntervalPlan
 from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
@@ -49,9 +50,10 @@ def forward(
     (B, T, N, H), K = q.shape, k.shape[2]
     q, k, v = (whole_tiles(x) for x in (q, k, v))
     axes = varying_axes((q, k, v, plan))
-    work = Work(N, q.shape[1] // TILE, B)
+    share = Share.of(N // K)
+    work = Work(N // share.heads, q.shape[1] // share.queries, B)
     out, lse = plgpu.kernel(
-        functools.partial(_forward_kernel, variant=variant, group=N // K, work=work),
+        functools.partial(_forward_kernel, variant=variant, group=N // K, work=work, share=share),
         out_type=(typed_shape(q.shape, q.dtype, axes), typed_shape((B, N, q.shape[1]), jnp.float32, axes)),
         scratch_types=dict(
             q_smem=plgpu.SMEM((TILE, H), q.dtype, transforms=TRANSFORMS),
@@ -59,7 +61,7 @@ def forward(
             v_smem=plgpu.SMEM((STAGES, STEP_KV, H), q.dtype, transforms=TRANSFORMS),
             out_smem=plgpu.SMEM((2, PART, H), q.dtype, transforms=TRANSFORMS),
             lse_smem=plgpu.SMEM((2, PART), jnp.float32),
-            q_here=plgpu.Barrier(),
+            q_here=plgpu.Barrier(num_arrivals=2),
             k_here=plgpu.Barrier(num_barriers=STAGES),
             v_here=plgpu.Barrier(num_barriers=STAGES),
         ),
@@ -69,8 +71,40 @@ def forward(
         thread_name="warpgroup",
         compiler_params=PARAMS,
         kernel_name="attention_forward",
-    )(q, k, v, plan.lower, plan.upper, plan.q_tiles)
+    )(q, k, v, plan.lower, plan.upper, share.tiles(plan))
     return out[:, :T], lse[:, :, :T].transpose(0, 2, 1)
+
+
+class Share(NamedTuple):
+    """How the two computing warpgroups divide an item: a tile of PART queries of two heads, or of TILE queries of one.
+
+    Two heads of the same keys need the same steps, so that neither warpgroup waits for the other and fewer products are
+    masked away.
+    """
+
+    heads: int
+
+    @classmethod
+    def of(cls, group: int) -> "Share":
+        """For `group` heads that share their keys."""
+        return cls(2 if group % 2 == 0 else 1)
+
+    @property
+    def queries(self) -> int:
+        return TILE // self.heads
+
+    def tiles(self, plan: IntervalPlan) -> Int[Array, "B I C"]:
+        return plan.q_parts if self.heads == 2 else plan.q_tiles
+
+    def part(self, warpgroup):
+        """The number of a warpgroup's part in the plan's entry."""
+        return 0 if self.heads == 2 else warpgroup
+
+    def block(self, row, tile, item_head, warpgroup):
+        """row, queries and head of a warpgroup."""
+        if self.heads == 2:
+            return row, pl.ds(tile * PART, PART), item_head * 2 + warpgroup
+        return row, pl.ds(tile * TILE + warpgroup * PART, PART), item_head
 
 
 class Work(NamedTuple):
@@ -229,7 +263,7 @@ K_DONE, V_DONE = Handover(7, 288), Handover(7 + STAGES, 288)
 
 def _forward_kernel(
     q_ref, k_ref, v_ref, lower_ref, upper_ref, tiles_ref, out_ref, lse_ref,
-    *, q_smem, k_smem, v_smem, out_smem, lse_smem, q_here, k_here, v_here, variant, group, work,
+    *, q_smem, k_smem, v_smem, out_smem, lse_smem, q_here, k_here, v_here, variant, group, work, share,
 ):  # fmt: skip
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
 
@@ -247,8 +281,8 @@ def _forward_kernel(
             TURN.arrive(0)
 
         def item(entry, before):
-            head, row, tile, start, steps, *part = entry
-            rows = pl.ds(tile * TILE + warpgroup * PART, PART)
+            item_head, row, tile, start, steps, *part = entry
+            _, rows, head = share.block(row, tile, item_head, warpgroup)
             lower, upper = (
                 plgpu.load(ref.at[row, rows], layout=BY_ROW, optimized=False) for ref in (lower_ref, upper_ref)
             )
@@ -286,10 +320,13 @@ def _forward_kernel(
             def all_steps(acc):
                 def tile_with_work(_, carry):
                     begin, lower_to, upper_from, end = part
-                    begin = jnp.minimum(begin, steps - 1)
-                    end = jnp.maximum(end, begin + 1)
                     plgpu.barrier_wait(q_here)
-                    lax.fori_loop(0, begin, pass_over, None)
+                    if share.heads == 2:
+                        begin, end = 0, steps
+                    else:
+                        begin = jnp.minimum(begin, steps - 1)
+                        end = jnp.maximum(end, begin + 1)
+                        lax.fori_loop(0, begin, pass_over, None)
 
                     first = lax.rem(before + begin, STAGES)
                     plgpu.barrier_wait(k_here.at[first])
@@ -343,7 +380,8 @@ def _forward_kernel(
                     plgpu.wgmma(acc, weights, v_smem.at[last])
                     plgpu.wgmma_wait(0)
                     V_DONE.arrive(last)
-                    lax.fori_loop(end, steps, pass_over, None)
+                    if share.heads == 1:
+                        lax.fori_loop(end, steps, pass_over, None)
                     return peak, total
 
                 peak = plgpu.layout_cast(jnp.full((PART,), MASKED, jnp.float32), BY_ROW)
@@ -367,7 +405,7 @@ def _forward_kernel(
             plgpu.commit_smem_to_gmem_group()
 
         def read(row, index):
-            return *tile_of(tiles_ref, row, index), *part_of(tiles_ref, row, index, warpgroup)
+            return *tile_of(tiles_ref, row, index), *part_of(tiles_ref, row, index, share.part(warpgroup))
 
         over_items(work, sm, read, item)
 
@@ -386,14 +424,16 @@ def _forward_kernel(
             @pl.when(warp == 0)
             def all_items():
                 def item(entry, before):
-                    head, row, tile, start, steps = entry
+                    item_head, row, tile, start, steps = entry
 
                     @pl.when(steps > 0)
                     def queries():
                         Q_DONE.wait()
-                        plgpu.copy_gmem_to_smem(q_ref.at[row, pl.ds(tile * TILE, TILE), head], q_smem, q_here)
+                        for part in range(2):
+                            mine = q_ref.at[share.block(row, tile, item_head, part)]
+                            plgpu.copy_gmem_to_smem(mine, q_smem.at[pl.ds(part * PART, PART)], q_here)
 
-                    kv_head = lax.div(head, group)
+                    kv_head = lax.div(item_head * share.heads, group)
 
                     def step(i, _):
                         slot = lax.rem(before + i, STAGES)

@@ -1,9 +1,8 @@
 """Attention on Hopper GPUs: the backward pass, in two kernels that add nothing up across blocks of threads.
 
-`_dq_kernel` owns a tile of 128 queries and walks over keys; it makes delta on the way. `_dkv_kernel` owns a tile of 128
-keys and walks over the queries of all heads that share them. Both compute the logits anew, which costs seven products
-instead of five, and give the same bits every time. Rows are dealt to two warpgroups, 64 each, and a third fetches, as in
-the forward pass.
+`_dq_kernel` owns tiles of queries as the forward pass does and walks over keys; it makes delta on the way. `_dkv_kernel`
+owns a tile of 128 keys, 64 to a warpgroup, and walks over the queries of all heads that share them. Both compute the
+logits anew, which costs seven products instead of five, and give the same bits every time.
 """
 
 import functools
@@ -26,6 +25,7 @@ from dqjax.kernels.attention.mosaic_gpu import (
     TRANSFORMS,
     WGMMA,
     Handover,
+    Share,
     bent_products,
     columns_seen,
     forward,
@@ -59,7 +59,7 @@ def backward(
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     q, k, v, out, d_out = (whole_tiles(x) for x in (q, k, v, out, d_out.astype(q.dtype)))
     lse, d_lse = (whole_tiles(x).transpose(0, 2, 1) for x in (lse * LOG2E, d_lse))
-    dq, delta = _dq((q, k, v, out, d_out, lse, d_lse, plan.lower, plan.upper), plan.q_tiles, variant)
+    dq, delta = _dq((q, k, v, out, d_out, lse, d_lse, plan.lower, plan.upper), plan, variant)
     dk, dv = _dkv((q, k, v, d_out, lse, delta, plan.lower, plan.upper), plan.kv_tiles, variant)
     return dq[:, :T], dk[:, :S], dv[:, :S]
 
@@ -67,12 +67,13 @@ def backward(
 MOSAIC_GPU = Kernel(forward, backward)
 
 
-def _dq(arrays, tiles, variant):
+def _dq(arrays, plan, variant):
     """dq, and delta by `vjp.py`, [B, N, T]."""
     q, k = arrays[:2]
     (B, T, N, H), K, axes = q.shape, k.shape[2], varying_axes(arrays)
+    share = Share.of(N // K)
     return plgpu.kernel(
-        functools.partial(_dq_kernel, variant=variant, group=N // K),
+        functools.partial(_dq_kernel, variant=variant, group=N // K, share=share),
         out_type=(typed_shape(q.shape, q.dtype, axes), typed_shape((B, N, T), jnp.float32, axes)),
         scratch_types=dict(
             q_smem=plgpu.SMEM((2, PART, H), q.dtype, transforms=TRANSFORMS),
@@ -84,13 +85,13 @@ def _dq(arrays, tiles, variant):
             k_here=plgpu.Barrier(num_barriers=STAGES_KV),
             v_here=plgpu.Barrier(num_barriers=STAGES_KV),
         ),
-        grid=(N, T // TILE, B),
+        grid=(N // share.heads, T // share.queries, B),
         grid_names=("head", "tile", "row"),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=mosaic_gpu.PARAMS,
         kernel_name="attention_dq",
-    )(*arrays, tiles)
+    )(*arrays, share.tiles(plan))
 
 
 K_DONE, V_DONE = Handover(4, 288), Handover(4 + STAGES_KV, 288)
@@ -98,9 +99,9 @@ K_DONE, V_DONE = Handover(4, 288), Handover(4 + STAGES_KV, 288)
 
 def _dq_kernel(
     q_ref, k_ref, v_ref, out_ref, do_ref, lse_ref, d_lse_ref, lower_ref, upper_ref, tiles_ref, dq_ref, delta_ref,
-    *, q_smem, out_smem, do_smem, k_smem, v_smem, mine_here, k_here, v_here, variant, group,
+    *, q_smem, out_smem, do_smem, k_smem, v_smem, mine_here, k_here, v_here, variant, group, share,
 ):  # fmt: skip
-    row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
+    row, item_head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
     entry = tiles_ref, row, lax.axis_index("tile")
     tile, start, steps = tile_of(*entry)
     start *= ALIGNED
@@ -108,7 +109,7 @@ def _dq_kernel(
     @pl.when(warpgroup < 2)
     def compute():
         plgpu.set_max_registers(240, action="increase")
-        rows = pl.ds(tile * TILE + warpgroup * PART, PART)
+        _, rows, head = share.block(row, tile, item_head, warpgroup)
         for slot in range(STAGES_KV):
             K_DONE.arrive(slot)
             V_DONE.arrive(slot)
@@ -160,10 +161,12 @@ def _dq_kernel(
                 V_DONE.arrive(slot)
                 K_DONE.arrive(slot)
 
-            mine = functools.partial(part_of, *entry, warpgroup)
-            lax.fori_loop(0, mine()[0], pass_over, None)
+            mine = functools.partial(part_of, *entry, share.part(warpgroup))
+            if share.heads == 1:
+                lax.fori_loop(0, mine()[0], pass_over, None)
             over_steps(step, lower, upper, mine, None)
-            lax.fori_loop(mine()[-1], tile_of(*entry)[2], pass_over, None)
+            if share.heads == 1:
+                lax.fori_loop(mine()[-1], tile_of(*entry)[2], pass_over, None)
             return dq[...]
 
         dq = pl.run_scoped(all_steps, plgpu.ACC(q_mine.shape, jnp.float32))
@@ -175,7 +178,7 @@ def _dq_kernel(
     @pl.when(warpgroup == 2)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
-        kv_head = lax.div(head, group)
+        kv_head = lax.div(item_head * share.heads, group)
 
         @plgpu.warp_map
         def one_warp(warp):

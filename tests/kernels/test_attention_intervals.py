@@ -54,8 +54,12 @@ def test_tiles_cover_what_is_visible_once_and_unmasked_steps_see_everything(leng
 
     whole = -(-length // TILE) * TILE
     see = np.pad(see, ((0, 0), (0, whole - length), (0, whole - length)))
-    both = (plan.q_tiles, STEP_KV, PART, see), (plan.kv_tiles, STEP_Q, TILE, see.swapaxes(1, 2))
-    for table, size, part, mask in both:
+    tables = (
+        (plan.q_tiles, STEP_KV, TILE, PART, see),
+        (plan.q_parts, STEP_KV, PART, PART, see),
+        (plan.kv_tiles, STEP_Q, TILE, TILE, see.swapaxes(1, 2)),
+    )
+    for table, size, tile, part, mask in tables:
         visited, unmasked, fetched = work_of(table, size, whole)
         parts = mask.reshape(4, -1, part, whole)
         assert np.all(visited <= 1)
@@ -63,8 +67,8 @@ def test_tiles_cover_what_is_visible_once_and_unmasked_steps_see_everything(leng
         assert np.all(parts.all(axis=2)[unmasked == 1])
         needed = parts.any(axis=2).sum(axis=2)
         assert np.all(visited.sum(axis=2) < needed + 2 * size)  # nothing but the rounding of both ends
-        needed = mask.reshape(4, -1, TILE, whole).any(axis=2).sum(axis=2)
-        assert np.all(fetched[:, :: TILE // part].sum(axis=2) < needed + size + 8)
+        needed = mask.reshape(4, -1, tile, whole).any(axis=2).sum(axis=2)
+        assert np.all(fetched[:, :: tile // part].sum(axis=2) < needed + size + 8)
 
 
 def test_a_prompt_in_the_cache():
