@@ -1,11 +1,11 @@
 """Attention on Hopper GPUs (sm90) in Pallas's Mosaic GPU dialect: the forward pass.
 
 A block of threads owns a tile of 64 queries of two heads that share their keys, or, where an odd number of heads do, of
-128 queries of one head. Two warpgroups compute 64 queries each, taking turns at the tensor cores (one multiplies while the
-other does its softmax, Shah et al., FlashAttention-3, 2024); a third fetches the next keys and values. A turn is the
-product with the last block's values and, right behind it, the one with the next block's keys. Only the keys that the plan
-lists are fetched; a warpgroup masks the blocks on the edge of a query's interval and passes over those that only the
-other needs.
+128 queries of one head. Two warpgroups compute 64 queries each, taking turns at the tensor cores (one multiplies while
+the other does its softmax, Shah et al., FlashAttention-3, 2024); a third fetches the next keys and values. A turn is the
+product with the last block's values and, right behind it, the one with the next block's keys. Only the keys that the
+plan lists are fetched; a warpgroup masks the blocks on the edge of a query's interval and passes over those that only
+the other needs.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Attention on Hopper GPUs: the backward pass, in two kernels that add nothing up across blocks of threads.
 
-`_dq_kernel` owns tiles of queries as the forward pass does and walks over keys; it makes delta on the way. `_dkv_kernel`
-owns a tile of 128 keys, 64 to a warpgroup, and walks over the queries of all heads that share them. Both compute the
-logits anew, which costs seven products instead of five, and give the same bits every time.
+`_dq_kernel` owns tiles of queries as the forward pass does and walks over keys; it makes delta on the way.
+`_dkv_kernel` owns a tile of 128 keys, 64 to a warpgroup, and walks over the queries of all heads that share them. Both
+compute the logits anew, which costs seven products instead of five, and give the same bits every time.
 """
 
 import functools
