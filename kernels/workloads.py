@@ -206,7 +206,7 @@ def vocabulary_work(case: VocabularyCase) -> Iterable[Work]:
     for name, products, f, best, operands in (
         ("cross_entropy", 3, cross_entropy, hopper, (x, w)),
         ("logprob", 4, logprob, hopper, (x, w)),
-        ("jsd", 4, jsd, "xla", (x, w, x_teacher)),
+        ("jsd", 4, jsd, hopper, (x, w, x_teacher)),
     ):
         functions = {f"dqjax_{backend}": functools.partial(f, backend) for backend in _ours(best)}
         functions["full_logits"] = full[name]

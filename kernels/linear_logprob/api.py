@@ -23,7 +23,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.attention.mosaic_gpu import is_hopper
-from dqjax.kernels.linear_logprob import mosaic_gpu_logprob, mosaic_gpu_loss, over_rows, over_vocabulary
+from dqjax.kernels.linear_logprob import (
+    mosaic_gpu_divergence,
+    mosaic_gpu_logprob,
+    mosaic_gpu_loss,
+    over_rows,
+    over_vocabulary,
+)
 from dqjax.kernels.linear_logprob.head import Head
 from dqjax.kernels.linear_logprob.mosaic_gpu import why_not_mosaic_gpu
 from dqjax.kernels.linear_logprob.objectives import CrossEntropy, Divergence
@@ -41,6 +47,7 @@ log = logging.getLogger(__name__)
 
 LOGPROB = {"mosaic_gpu": mosaic_gpu_logprob.MOSAIC_GPU, "xla": over_vocabulary.XLA}
 CROSS_ENTROPY = {"mosaic_gpu": mosaic_gpu_loss.MOSAIC_GPU, "xla": over_rows.XLA}
+DIVERGENCE = {"mosaic_gpu": mosaic_gpu_divergence.MOSAIC_GPU, "xla": over_rows.XLA}
 BACKENDS = ("reference", "mosaic_gpu", "xla")
 
 __all__ = ["BACKENDS", "TeacherHead", "TopK", "linear_cross_entropy", "linear_kl", "linear_logprob"]
@@ -147,7 +154,7 @@ def linear_kl(
 
     Args:
       x_student, w_student, temperature, axis_name, backend: see `linear_logprob`; the temperature is for both sides,
-        and "mosaic_gpu" cannot do this.
+        and "mosaic_gpu" wants a `TeacherHead`.
       teacher: `TeacherHead` or `TopK`. A teacher's table is split over `axis_name` like the student's.
       weight: a row of weight 0 has divergence 0 and exactly no gradient, whatever it holds.
       beta: 0 … 1.
@@ -178,11 +185,17 @@ def linear_kl(
                 "tokens, and where the tables are split, pad them to one width"
             )
     head = Head(vocab, temperature, axis_name)
-    if _choose(backend, axis_name, "divergences") == "reference":
+    rows, table = (teacher, None) if isinstance(teacher, TopK) else teacher
+    refusal = "a teacher's top k alone"
+    if table is not None:
+        varying = bool(varying_axes((x_student, w_student, weight, rows, table)))
+        refusal = why_not_mosaic_gpu(w_student, varying) or why_not_mosaic_gpu(table, varying)
+    backend = _choose(backend, axis_name, refusal)
+    if backend == "reference":
         teacher, weight = jax.lax.stop_gradient((teacher, weight))
         return reference_divergence(x_student, w_student, teacher, weight, beta, tail, head)
-    rows, table = (teacher, None) if isinstance(teacher, TopK) else teacher
-    return weighted_rows(Divergence(beta, tail), head, x_student, w_student, weight, rows, table, over_rows.XLA)
+    objective = Divergence(beta, tail)
+    return weighted_rows(objective, head, x_student, w_student, weight, rows, table, DIVERGENCE[backend])
 
 
 def _check(x, w, per_row, name, vocab, temperature, axis_name):

@@ -43,8 +43,8 @@ TALL = 2 * ROWS
 STEP, STAGES = 64, 4
 """Entries of D that are multiplied at once, and how many such parts of a tile are on their way or in use."""
 
-PIECE = 64
-"""Columns of a tile that leave at once."""
+PIECE = 128
+"""Bytes of a tile's row that leave at once."""
 
 ABREAST = 16
 """Tiles, one above the other, that are worked on side by side: they find each other's operands in the cache."""
@@ -64,7 +64,7 @@ def why_not_mosaic_gpu(w: Float[Array, "V D"], varying: bool) -> str | None:
         "its work under jax before 0.11.2": too_old(),
         "a dtype other than bfloat16": w.dtype != jnp.bfloat16,
         f"hidden states whose width is no multiple of {STEP}": w.shape[1] % STEP != 0,
-        f"a table whose rows are no multiple of {PIECE}": len(w) % PIECE != 0,
+        f"a table whose rows are no multiple of {STEP}": len(w) % STEP != 0,
         "shard_map with check_vma=True": varying,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -82,8 +82,21 @@ def statistics(
         weights = jnp.exp2(below)
         return None, (peak, weights.sum(axis=1), (weights * below).sum(axis=1))
 
-    peak, s, t = _product(epilogue, x, w, limit, (), entries=False, sums=3, name="head_statistics")
+    peak, s, t = _product(epilogue, x, w, limit, (), entries=None, sums=3, name="head_statistics")
     return peak / LOG2E, s, t / LOG2E
+
+
+def logits(
+    x: Float[Array, "M D"], w: Float[Array, "V D"], limit: Int[Array, "1"], temperature: float
+) -> tuple[Float[Array, "M V"], Float[Array, "C M"], Float[Array, "C M"]]:
+    """z in float32, `MASKED` from column `limit` on; of every 256 columns the peak and Σ exp(z - peak)."""
+
+    def epilogue(products):
+        z = products * (1 / temperature)
+        peak = z.max(axis=1)
+        return z, (peak, jnp.exp2((z - _down(peak)) * LOG2E).sum(axis=1))
+
+    return _product(epilogue, x, w, limit, (), entries=jnp.float32, sums=2, name="head_logits")
 
 
 def exponentials(
@@ -100,7 +113,7 @@ def exponentials(
         weights = jnp.exp2(products * scale - _down(anchor))
         return weights, (weights.sum(axis=1),)
 
-    return _product(epilogue, x, w, limit, (anchor * LOG2E,), entries=True, sums=1, name="head_exponentials")
+    return _product(epilogue, x, w, limit, (anchor * LOG2E,), entries=x.dtype, sums=1, name="head_exponentials")
 
 
 def gradient(
@@ -120,7 +133,7 @@ def gradient(
         return jnp.exp2(logp) * (_down(alpha) - _down(gamma) * logp), ()
 
     rows = lse * LOG2E, alpha, gamma / LOG2E
-    (d_logits,) = _product(epilogue, x, w, limit, rows, entries=True, sums=0, name="head_gradient")
+    (d_logits,) = _product(epilogue, x, w, limit, rows, entries=x.dtype, sums=0, name="head_gradient")
     return d_logits
 
 
@@ -135,13 +148,14 @@ def _product(
     limit: Int[Array, "1"],
     rows: tuple[Float[Array, "M"], ...],
     *,
-    entries: bool,
+    entries: jax.typing.DTypeLike | None,
     sums: int,
     name: str,
 ) -> tuple[jax.Array, ...]:
     """`epilogue(products, *rows) -> entries, sums` over all tiles: [M, V] where asked, and [⌈V/256⌉, M] for each sum.
 
-    The epilogue gets products [64, 256] in float32, `MASKED` from column `limit` on; entries leave in x's dtype.
+    The epilogue gets products [64, 256] in float32, `MASKED` from column `limit` on; its entries leave in the dtype
+    `entries`, None for none.
     """
     (M, D), V = x.shape, len(w)
     padded = -(-M // TALL) * TALL
@@ -153,11 +167,14 @@ def _product(
         w_smem=plgpu.SMEM((STAGES, COLUMNS, STEP), x.dtype, transforms=TRANSFORMS),
         here=plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
     )
-    if entries:
-        scratch["out_smem"] = plgpu.SMEM((2, 2, ROWS, PIECE), x.dtype, transforms=TRANSFORMS)
+    some = entries is not None
+    if some:
+        piece = PIECE // jnp.dtype(entries).itemsize
+        swizzled = plgpu.TilingTransform((8, piece)), plgpu.SwizzleTransform(PIECE)
+        scratch["out_smem"] = plgpu.SMEM((2, 2, ROWS, piece), entries, transforms=swizzled)
     results = plgpu.kernel(
         functools.partial(_kernel, epilogue=epilogue, rows=len(rows), tiles=tiles, steps=D // STEP),
-        out_type=(typed_shape((padded, V), x.dtype, axes),) * entries
+        out_type=((typed_shape((padded, V), entries, axes),) if some else ())
         + (typed_shape((tiles[1], padded), jnp.float32, axes),) * sums,
         scratch_types=scratch,
         grid=(min(SMS, math.prod(tiles)),),
@@ -167,7 +184,7 @@ def _product(
         compiler_params=PARAMS,
         kernel_name=name,
     )(x, w, limit, *rows)
-    return (*(r[:M] for r in results[:entries]), *(r[:, :M] for r in results[entries:]))
+    return (*(r[:M] for r in results[:some]), *(r[:, :M] for r in results[some:]))
 
 
 def _place(n, tiles):
@@ -231,11 +248,12 @@ def _kernel(
                 ref[across, at_rows] = column_sum
             for ref in entry_refs:
                 entries = entries.astype(ref.dtype)
-                for piece in range(COLUMNS // PIECE):
+                width = out_smem.shape[3]
+                for piece in range(COLUMNS // width):
                     staged = out_smem.at[warpgroup, piece % 2]
-                    columns = pl.ds(across * COLUMNS + piece * PIECE, PIECE)
+                    columns = pl.ds(across * COLUMNS + piece * width, width)
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    staged[...] = entries[:, piece * PIECE : (piece + 1) * PIECE]
+                    staged[...] = entries[:, piece * width : (piece + 1) * width]
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(staged, ref.at[at_rows, columns])
 

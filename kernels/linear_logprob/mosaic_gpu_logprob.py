@@ -2,9 +2,8 @@
 
 The formulas are those of `over_vocabulary.py`. The forward pass takes the peak and both sums of every 256 columns from
 the product's registers; the backward pass, over chunks of the table's rows, writes dz in bfloat16 from them and leaves
-the two products with it to cuBLAS. On an H200, bfloat16, 16384 × 1024 × 151936, forward and backward take 35.2 ms and
-42.6 by `over_vocabulary.py`; at the rate of a large product, 8 · M · D · V FLOPs take 29.4
-(`kernels/results/h200.json`).
+the two products with it to cuBLAS. On an H200, bfloat16, 16384 × 1024 × 151936, forward and backward take 35.4 ms and
+45.2 by `over_vocabulary.py` (`kernels/results/h200.json`); at a width of 4096 both take as long.
 """
 
 import jax.numpy as jnp

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.linear_logprob.head import MASKED, Head
@@ -48,6 +49,22 @@ class CrossEntropy:
         return Graded(self.z_loss * lse**2 - logprob, logprob, p * (1 + 2 * self.z_loss * lse)[:, None] - hit)
 
 
+class Heads(NamedTuple):
+    """Logits and lse of student and teacher; of tables of unlike width, the tokens that both have come first."""
+
+    z: Float[Array, "M V"]
+    lse: Float[Array, "M"]
+    z_teacher: Float[Array, "M U"]
+    lse_teacher: Float[Array, "M"]
+
+    def distributions(self) -> tuple[jax.Array, ...]:
+        """p, log p, q and log q of the shared tokens."""
+        shared = min(self.z.shape[1], self.z_teacher.shape[1])
+        logp = self.z[:, :shared] - self.lse[:, None]
+        logq = self.z_teacher[:, :shared] - self.lse_teacher[:, None]
+        return jnp.exp(logp), logp, jnp.exp(logq), logq
+
+
 @dataclasses.dataclass(frozen=True)
 class Divergence:
     """Generalised Jensen-Shannon divergence between student p and teacher q (Agarwal et al., GKD, 2024, eq. 1).
@@ -79,17 +96,21 @@ class Divergence:
     ) -> Graded:
         if isinstance(teacher, TopK):
             return self._against_top_k(head, z, columns, teacher)
-        return self._against_logits(head, z, head.logits(teacher, table, head.columns(0, len(table), len(table))))
+        z_teacher = head.logits(teacher, table, head.columns(0, len(table), len(table)))
+        return self.between(head, Heads(z, _softmax(head, z)[0], z_teacher, _softmax(head, z_teacher)[0]))
 
-    def _against_logits(self, head, z, z_teacher):
-        width = z.shape[1]
-        shared = min(width, z_teacher.shape[1])
-        z, z_teacher = z[:, :shared], z_teacher[:, :shared]
-        lse, p = _softmax(head, z)
-        lse_teacher, q = _softmax(head, z_teacher)
-        value, g = self._terms(p, z - lse[:, None], q, z_teacher - lse_teacher[:, None])
-        value, total = head.sum(jnp.sum(value, axis=-1)), head.sum(jnp.sum(g, axis=-1))
-        d_logits = jnp.pad(g - p * total[:, None], ((0, 0), (0, width - shared)))
+    def between(self, head: Head, heads: Heads) -> Graded:
+        """The divergence of two heads, in a pass over their logits for its value and Σ g, and one for the gradient.
+
+        Of two sums XLA would write the terms to memory, of a complex one it does not; nor log m, past the barrier.
+        """
+        value, g = self._terms(*heads.distributions())
+        both = jnp.sum(lax.complex(value, g), axis=-1)
+        value, total = head.sum(both.real), head.sum(both.imag)
+        heads, total = lax.optimization_barrier((heads, total))
+        p, *others = heads.distributions()
+        _, g = self._terms(p, *others)
+        d_logits = jnp.pad(g - p * total[:, None], ((0, 0), (0, heads.z.shape[1] - p.shape[1])))
         return Graded(value, value, d_logits)
 
     def _against_top_k(self, head, z, columns, teacher):
@@ -100,7 +121,7 @@ class Divergence:
         place = jnp.where(mine, place, width)
         others = z.at[rows, place].set(MASKED, mode="drop")
         z_k = jnp.where(mine, jnp.take_along_axis(z, jnp.minimum(place, width - 1), axis=-1), MASKED)
-        peak = head.max(jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True)))
+        peak = head.max(lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True)))
         weights = jnp.exp(others - peak)
         rest = head.sum(jnp.sum(weights, axis=-1, keepdims=True))
         total = rest + head.sum(jnp.sum(jnp.where(mine, jnp.exp(z_k - peak), 0), axis=-1, keepdims=True))
@@ -123,7 +144,8 @@ class Divergence:
         if self.beta == 1:
             term = p * (logp - logq)
             return term, term
-        logm = jnp.logaddexp(logp + jnp.log1p(-self.beta), logq + jnp.log(self.beta))
+        # Where p and q are 0 to the machine, so are both terms, whatever log m is.
+        logm = jnp.log(jnp.maximum((1 - self.beta) * p + self.beta * q, jnp.finfo(p.dtype).tiny))
         of_p = (1 - self.beta) * p * (logp - logm)
         return self.beta * q * (logq - logm) + of_p, of_p
 

@@ -1,8 +1,9 @@
 """Weighted sums of row objectives, with the gradient formed in the forward pass, some rows at a time.
 
 The weights are known beforehand, so one tile of logits gives value and gradient: three products for a tied pair of
-forward and backward (6 · M · D · V FLOPs) where recomputing the logits would take four. The rows of a chunk lie a
-stride apart,
+forward and backward (6 · M · D · V FLOPs) where recomputing the logits would take four. Tiles are small, since what
+grades them is float32; the products of the gradients wait for some tiles, since each reads and writes all of the
+table's gradient. The rows of a chunk lie a stride apart,
 
     x [M, D] -> [rows, chunks, D],   chunk c = x[:, c]
 
@@ -22,11 +23,14 @@ from dqjax.kernels.linear_logprob.head import Head
 from dqjax.kernels.linear_logprob.tiles import tile_size
 from dqjax.kernels.varying import vary, varying_axes
 
-TILE = 2**25
-"""Logits held at once: 128 MiB in float32."""
+TILE = 2**24
+"""Logits held at once: 64 MiB in float32."""
 
-GPU_TILE = 3 * 2**26
-"""On a GPU, whose cache holds no tile of use: the most that keeps 16384 × 1024 × 151936 under 2 GB of temporaries."""
+GPU_TILE = 5 * 2**25
+"""On a GPU, whose cache holds no tile of use."""
+
+PARTS = 4
+"""So many tiles of gradients, in the table's dtype, are put together before they are multiplied."""
 
 LEAST_ROWS = 1024
 """Fewer rows would spend the time adding up the table's gradient instead of multiplying."""
@@ -90,30 +94,62 @@ def _backward(route, objective, head, saved, cotangents):
 _weighted.defvjp(_forward, _backward)
 
 
-def _value(objective, head, x, w, weight, rows, table):
-    def chunk(carry, x, weight, rows):
-        graded, _ = _grade(objective, head, x, w, weight, rows, table)
-        return carry + jnp.sum(weight * graded.value), graded.aux
+def _value(grade, backend, objective, head, x, w, weight, rows, table):
+    def some(total, x, weight, rows):
+        graded, _ = grade(objective, head, x, w, weight, rows, table)
+        return total + jnp.sum(weight * graded.value), graded.aux
 
-    return _over_chunks(chunk, _no_loss(head, x), x, w, weight, rows, table)
+    whole, parts = _chunks(backend, x, w, table)
+    total, aux = _over_chunks(some, _no_loss(head, x), whole * parts, x, weight, rows)
+    return total, _joined(aux, len(x))
 
 
-def _gradients(objective, head, x, w, weight, rows, table):
+def _gradients(grade, backend, objective, head, x, w, weight, rows, table):
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    whole, parts = _chunks(backend, x, w, table)
 
-    def chunk(carry, x, weight, rows):
+    def some(total, x, weight, rows):
+        graded, d_logits = grade(objective, head, x, w, weight, rows, table)
+        return total + jnp.sum(weight * graded.value), (graded.aux, d_logits)
+
+    def more(carry, x, weight, rows):
         total, dw = carry
-        graded, d_logits = _grade(objective, head, x, w, weight, rows, table)
-        dx = jnp.einsum("MV,VD->MD", d_logits, w, preferred_element_type=wide).astype(x.dtype)
-        dw += jnp.einsum("MV,MD->VD", d_logits, x, preferred_element_type=wide)
-        return (total + jnp.sum(weight * graded.value), dw), (graded.aux, dx)
+        total, (aux, d_logits) = _over_chunks(some, total, parts, x, weight, rows)
+        dx = jnp.einsum("CMV,VD->CMD", d_logits, w, preferred_element_type=wide).astype(x.dtype)
+        in_order = jnp.moveaxis(_split(x, parts), 1, 0)
+        dw += jnp.einsum("CMV,CMD->VD", d_logits, in_order, preferred_element_type=wide)
+        return (total, dw), _joined((aux, dx), len(x))
 
     start = _no_loss(head, x), vary(jnp.zeros(w.shape, wide), varying_axes(x))
-    (total, dw), (aux, dx) = _over_chunks(chunk, start, x, w, weight, rows, table)
+    (total, dw), results = _over_chunks(more, start, whole, x, weight, rows)
+    aux, dx = _joined(results, len(x))
     return (total, aux), (dx, dw.astype(w.dtype))
 
 
-XLA = Route(_value, _gradients)
+def route(grade: Callable[..., Any], backend: str) -> Route:
+    """The route that grades some rows at a time.
+
+    Args:
+      grade: (objective, head, x, w, weight, rows, table) -> `Graded`, and the weighted gradient in the products x wᵀ, in
+        the table's dtype.
+      backend: whose choice of tiles it follows.
+    """
+    return Route(functools.partial(_value, grade, backend), functools.partial(_gradients, grade, backend))
+
+
+def grade(objective, head, x, w, weight, rows, table):
+    """Plain XLA, for any objective."""
+    columns = head.columns(0, w.shape[0], w.shape[0])
+    graded = objective(head, head.logits(x, w, columns), columns, rows, table)
+    return graded, weighted(graded.d_logits, head, weight, w)
+
+
+def weighted(d_logits: Float[Array, "M V"], head: Head, weight: Float[Array, "M"], w: Float[Array, "V D"]) -> jax.Array:
+    """Of the gradient in the logits, that of the weighted sum in the products, in the table's dtype."""
+    return (d_logits * (weight / head.temperature)[:, None]).astype(w.dtype)
+
+
+XLA = route(grade, "xla")
 
 
 def _no_loss(head, x):
@@ -122,33 +158,35 @@ def _no_loss(head, x):
     return vary(zero, varying_axes(x) - {head.axis_name})
 
 
-def _grade(objective, head, x, w, weight, rows, table):
-    columns = head.columns(0, w.shape[0], w.shape[0])
-    graded = objective(head, head.logits(x, w, columns), columns, rows, table)
-    d_logits = graded.d_logits * (weight / head.temperature)[:, None]
-    return graded, d_logits.astype(w.dtype)
-
-
-def _over_chunks(chunk, carry, x, w, weight, rows, table):
-    """Runs `chunk` over the rows; returns the last carry and the stacked outputs as arrays that lead with M."""
+def _chunks(backend, x, w, table):
+    """How many chunks of rows are multiplied, and how many parts of such a chunk are graded."""
     M, width = x.shape[0], len(w) + (0 if table is None else len(table))
-    tile = tile_size("weighted_rows", "xla", x, width, GPU_TILE if jax.default_backend() == "gpu" else TILE)
-    chunks = -(-M // max(LEAST_ROWS, tile // width))
+    tile = tile_size("weighted_rows", backend, x, width, GPU_TILE if jax.default_backend() == "gpu" else TILE)
+    together = max(LEAST_ROWS, PARTS * tile // width)
+    whole = -(-M // together)
+    return whole, min(PARTS, -(-PARTS * M // (whole * together)))
+
+
+def _over_chunks(chunk, carry, chunks, *operands):
+    """Runs `chunk(carry, *rows)` over the rows; returns the last carry and the outputs [chunks, rows of a chunk, …]."""
     if chunks == 1:
-        return chunk(carry, x, weight, rows)
-    per_chunk = -(-M // chunks)
-
-    def split(r):
-        r = jnp.pad(r, [(0, per_chunk * chunks - M)] + [(0, 0)] * (r.ndim - 1))
-        return r.reshape(per_chunk, chunks, *r.shape[1:])
-
-    def join(y):
-        return jnp.moveaxis(y, 0, 1).reshape(per_chunk * chunks, *y.shape[2:])[:M]
-
-    split_rows = jax.tree.map(split, (x, weight, rows))
+        carry, outputs = chunk(carry, *operands)
+        return carry, jax.tree.map(lambda y: y[None], outputs)
+    split = jax.tree.map(lambda r: _split(r, chunks), operands)
 
     def step(carry, c):
-        return chunk(carry, *jax.tree.map(lambda r: lax.dynamic_index_in_dim(r, c, axis=1, keepdims=False), split_rows))
+        return chunk(carry, *jax.tree.map(lambda r: lax.dynamic_index_in_dim(r, c, axis=1, keepdims=False), split))
 
-    carry, outputs = lax.scan(step, carry, jnp.arange(chunks))
-    return carry, jax.tree.map(join, outputs)
+    return lax.scan(step, carry, jnp.arange(chunks))
+
+
+def _split(r, chunks):
+    """[M, …] as [⌈M / chunks⌉, chunks, …], zeros behind the last row."""
+    per_chunk = -(-len(r) // chunks)
+    r = jnp.pad(r, [(0, per_chunk * chunks - len(r))] + [(0, 0)] * (r.ndim - 1))
+    return r.reshape(per_chunk, chunks, *r.shape[1:])
+
+
+def _joined(outputs, M):
+    """Outputs of `_over_chunks` as arrays that lead with M."""
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:])[:M], outputs)

@@ -36,14 +36,15 @@ jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*operands).compile()
 
 VOCABULARY = """
 import jax, jax.numpy as jnp
-from dqjax.kernels.linear_logprob.api import linear_cross_entropy, linear_logprob
+from dqjax.kernels.linear_logprob.api import TeacherHead, linear_cross_entropy, linear_kl, linear_logprob
 from dqjax.topology import devices_of
 
 place = jax.sharding.SingleDeviceSharding(devices_of("h200:1")[0])
 
 def total(x, w, labels, weight):
     loss, _ = linear_cross_entropy(x, w, labels, weight, backend="mosaic_gpu")
-    return loss + jnp.sum(weight * sum(linear_logprob(x, w, labels, backend="mosaic_gpu")))
+    divergence, _ = linear_kl(x, w, TeacherHead(x, w), weight, beta=0.5, backend="mosaic_gpu")
+    return loss + divergence + jnp.sum(weight * sum(linear_logprob(x, w, labels, backend="mosaic_gpu")))
 
 shapes = ((4000, 1024), jnp.bfloat16), ((151936, 1024), jnp.bfloat16), ((4000,), jnp.int32), ((4000,), jnp.float32)
 operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
@@ -93,7 +94,8 @@ def test_attention_compiles_and_keeps_its_registers(tmp_path, head_size):
 @needs_compiler
 def test_vocabulary_compiles_and_keeps_its_registers(tmp_path):
     spilled = spilled_bytes(tmp_path, VOCABULARY)
-    assert spilled == {"head_statistics": 0, "head_exponentials": 0, "head_gradient": 0}
+    kernels = "head_statistics", "head_exponentials", "head_gradient", "head_logits"
+    assert spilled == dict.fromkeys(kernels, 0)
 
 
 @needs_jax

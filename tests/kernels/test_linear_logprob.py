@@ -40,7 +40,7 @@ def backend(request, monkeypatch):
     return request.param.split()[0]
 
 
-of_divergences = pytest.mark.parametrize("backend", BACKENDS[:3], indirect=True)
+of_lists = pytest.mark.parametrize("backend", BACKENDS[:3], indirect=True)
 
 
 def small_tiles(monkeypatch):
@@ -52,28 +52,32 @@ def small_tiles(monkeypatch):
 
 
 def emulate_mosaic_gpu(monkeypatch):
-    """XLA in place of the three Hopper kernels, with small tiles: for what is built on them."""
+    """XLA in place of the four Hopper kernels, with small tiles: for what is built on them."""
 
-    def logits(x, w, limit, temperature):
+    def masked(x, w, limit, temperature):
         z = jnp.einsum("MD,VD->MV", x, w, preferred_element_type=jnp.float32) / temperature
         return jnp.where(jnp.arange(len(w)) < limit, z, MASKED)
 
     def tiles(z):
         return [z[:, c : c + mosaic_gpu.COLUMNS] for c in range(0, z.shape[1], mosaic_gpu.COLUMNS)]
 
+    def logits(x, w, limit, temperature):
+        z = masked(x, w, limit, temperature)
+        return z, *statistics(x, w, limit, temperature)[:2]
+
     def statistics(x, w, limit, temperature):
-        z = tiles(logits(x, w, limit, temperature))
+        z = tiles(masked(x, w, limit, temperature))
         peaks = jnp.stack([tile.max(axis=1) for tile in z])
         below = [tile - peak[:, None] for tile, peak in zip(z, peaks)]
         s = jnp.stack([jnp.exp(tile).sum(axis=1) for tile in below])
         return peaks, s, jnp.stack([(jnp.exp(tile) * tile).sum(axis=1) for tile in below])
 
     def exponentials(x, w, limit, anchor, temperature):
-        e = jnp.exp(logits(x, w, limit, temperature) - anchor[:, None])
+        e = jnp.exp(masked(x, w, limit, temperature) - anchor[:, None])
         return e.astype(x.dtype), jnp.stack([tile.sum(axis=1) for tile in tiles(e)])
 
     def gradient(x, w, limit, lse, alpha, gamma, temperature):
-        logp = logits(x, w, limit, temperature) - lse[:, None]
+        logp = masked(x, w, limit, temperature) - lse[:, None]
         return (jnp.exp(logp) * (alpha[:, None] - gamma[:, None] * logp)).astype(x.dtype)
 
     small_tiles(monkeypatch)
@@ -82,7 +86,7 @@ def emulate_mosaic_gpu(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "TALL", 8)
     monkeypatch.setattr(mosaic_gpu, "COLUMNS", 64)
     monkeypatch.setattr(api, "why_not_mosaic_gpu", lambda w, varying: None)
-    for kernel in (statistics, exponentials, gradient):
+    for kernel in (logits, statistics, exponentials, gradient):
         monkeypatch.setattr(mosaic_gpu, kernel.__name__, kernel)
 
 
@@ -307,7 +311,6 @@ def divergence64(logp, logq, beta):
     return jnp.sum(beta * q * (logq - logm) + (1 - beta) * p * (logp - logm), axis=1)
 
 
-@of_divergences
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_divergence_from_a_head_of_another_width(backend, dtype, beta):
@@ -335,7 +338,7 @@ def top_k(seed, k=6):
     return TopK(ids.at[3, 4:].set(-1), logprobs)
 
 
-@of_divergences
+@of_lists
 @pytest.mark.parametrize(
     "tail, beta",
     [("bucket", 0.0), ("bucket", 0.4), ("bucket", 1.0), ("renormalise", 0.0), ("renormalise", 0.4)],
@@ -364,7 +367,7 @@ def test_divergence_from_the_teachers_best_tokens(backend, tail, beta):
     check(total, total64, x, w, 2.0**-15)
 
 
-@of_divergences
+@of_lists
 def test_all_tokens_in_the_list_is_the_whole_divergence(backend):
     """k = V leaves nothing in the bucket: the full-head divergence."""
     x, w, _, weight = inputs(10)
@@ -377,7 +380,6 @@ def test_all_tokens_in_the_list_is_the_whole_divergence(backend):
         np.testing.assert_allclose(listed, whole, rtol=1e-5)
 
 
-@of_divergences
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_divergence_is_trls(backend, beta):
     """GKDTrainer.generalized_jsd_loss: value and gradient, with its temperature and batchmean over valid tokens."""
@@ -476,6 +478,7 @@ def test_gradients_taken_inside_shard_map():
 def test_a_split_batch_is_not_gathered_under_plain_jit(name, monkeypatch):
     """Chunks run along the vocabulary, or take some rows of every device."""
     small_tiles(monkeypatch)
+    monkeypatch.setattr(over_rows, "LEAST_ROWS", 64)  # parts of 16 rows for 8 devices
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
@@ -556,8 +559,10 @@ def test_what_the_hopper_kernels_refuse():
     x, w, labels, weight = inputs(14)
     with pytest.raises(NotImplementedError, match="cannot do .*use 'xla'"):
         linear_logprob(x, w, labels, backend="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match="cannot do divergences"):
+    with pytest.raises(NotImplementedError, match="cannot do .*use 'xla'"):
         linear_kl(x, w, TeacherHead(x, w), weight, backend="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="cannot do a teacher's top k alone"):
+        linear_kl(x, w, top_k(0), weight, backend="mosaic_gpu")
 
 
 def test_the_default_is_the_hopper_kernel_where_it_can():
