@@ -15,6 +15,7 @@ number::
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -57,8 +58,7 @@ class IntervalPlan:
       q_tiles: [B, T' / TILE, 11] int32: tile of queries, start, steps of STEP_KV keys; begin, lower_to, upper_from and
         end of its first half, then of its second.
       q_parts: [B, T' / PART, 7] int32: the same of tiles of PART queries, for warpgroups that take a head each.
-      kv_tiles: [B, S' / TILE, 7] int32: tile of keys, start, steps of STEP_Q queries; the four of the whole tile, since
-        halves that skip steps were not faster there.
+      kv_tiles: [B, S' / TILE, 11] int32: tile of keys, start, steps of STEP_Q queries; the four of each half.
       length_q, length_kv: tokens in a row.
       causal, window: the mask that the plan was made for.
     """
@@ -110,7 +110,7 @@ def _intervals(
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B"]]:
     """lower, upper, and whether a row's intervals say what its segment ids and positions do."""
     q_segments, kv_segments, q_positions = tokens.q_segment_ids, tokens.kv_segment_ids, tokens.q_positions
-    in_order = _in_order(kv_segments) & _in_order(q_segments)
+    disorder = _disorder(q_segments)
     if shared:
         lower, upper = _documents(q_segments)
     else:
@@ -128,41 +128,49 @@ def _intervals(
     some = (q_segments != 0) & (lower < upper)
     both = some[:, 1:] & some[:, :-1]
     back = both & ((jnp.diff(lower, axis=1) < 0) | (jnp.diff(upper, axis=1) < 0))
-    in_order &= ~jnp.any(back, axis=1)
+    in_order = _no(disorder + jnp.pad(2 * back, ((0, 0), (1, 0))))
+    if not shared:
+        in_order &= _no(_disorder(kv_segments))
     return (*(jnp.where(some, x, 0).astype(jnp.int32) for x in (lower, upper)), in_order)
 
 
-def _in_order(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B"]:
-    """Whether the documents of a row rise along it, with padding before and behind them only."""
+def _disorder(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Adds up to less than 2 along a row whose documents rise, with padding before and behind them only.
+
+    Padding begins or ends once, and once more for a row that begins with it.
+    """
     left, right = segment_ids[:, :-1], segment_ids[:, 1:]
-    begins = jnp.sum((left == 0) & (right != 0), axis=1)
-    ends = jnp.sum((left != 0) & (right == 0), axis=1)
-    falls = jnp.any((left > right) & (right != 0), axis=1)
-    return ~falls & (begins <= (segment_ids[:, 0] == 0)) & (ends <= 1)
+    changes = ((left == 0) != (right == 0)) + 2 * ((left > right) & (right != 0))
+    return jnp.concatenate([-(segment_ids[:, :1] == 0).astype(jnp.int32), changes], axis=1)
+
+
+def _no(disorder: Int[Array, "B T"]) -> Bool[Array, "B"]:
+    bounded = jnp.minimum(jnp.sum(_in_tiles(disorder), axis=2), 3)  # else XLA makes one sum of both, and three passes
+    return jnp.sum(bounded, axis=1) < 2
+
+
+def _in_tiles(x: Int[Array, "B T"], fill: int = 0) -> Int[Array, "B I TILE"]:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE)), constant_values=fill).reshape(len(x), -1, TILE)
 
 
 def _documents(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """First token of each token's document, and the first behind it."""
-    T = segment_ids.shape[1]
+    """First token of each token's document, and the first behind it: within tiles and over them."""
+    B, T = segment_ids.shape
     at = jnp.arange(T)
     differ = jnp.diff(segment_ids, axis=1) != 0
-    begins = jnp.pad(differ, ((0, 0), (1, 0)), constant_values=True)
-    ends = jnp.pad(differ, ((0, 0), (0, 1)), constant_values=True)
-    lower = _running_max(jnp.where(begins, at, 0))
-    upper = T - _running_max(jnp.where(ends, T - 1 - at, 0)[:, ::-1])[:, ::-1]
-    return lower, upper
+    begins = _in_tiles(jnp.where(jnp.pad(differ, ((0, 0), (1, 0))), at, 0))
+    ends = _in_tiles(jnp.where(jnp.pad(differ, ((0, 0), (0, 1))), at + 1, T), T)
+    tiles, here = jnp.arange(begins.shape[1]), jnp.arange(TILE)
 
+    def search(x, reduce, upto, before, fill):
+        """Over a token's tile up to itself and the tiles before that; `upto` and `before` turn it round."""
+        mine = jnp.where(upto(here[None, :], here[:, None]), x[:, :, None, :], fill)
+        others = jnp.where(before(tiles[None, :], tiles[:, None]), reduce(x, axis=2)[:, None, :], fill)
+        others = jnp.broadcast_to(others[:, :, None, :], (*x.shape, len(tiles)))
+        return reduce(jnp.concatenate([mine, others], axis=3), axis=3).reshape(B, -1)[:, :T]
 
-def _running_max(x: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Largest of the values so far, none below 0: within tiles and over them, two passes instead of log T."""
-    B, T = x.shape
-    tiles = jnp.pad(x, ((0, 0), (0, -T % TILE))).reshape(B, -1, TILE)
-    peaks = jnp.max(tiles, axis=2)
-    so_far = jnp.tril(jnp.ones((TILE, TILE), bool))
-    before = jnp.tril(jnp.ones((peaks.shape[1],) * 2, bool), -1)
-    within = jnp.max(jnp.where(so_far, tiles[:, :, None, :], 0), axis=3)
-    earlier = jnp.max(jnp.where(before, peaks[:, None, :], 0), axis=2)
-    return jnp.maximum(within, earlier[:, :, None]).reshape(B, -1)[:, :T]
+    lower = search(begins, jnp.max, operator.le, operator.lt, 0)
+    return lower, search(ends, jnp.min, operator.ge, operator.gt, T)
 
 
 def _tiles_of_queries(
@@ -174,20 +182,22 @@ def _tiles_of_queries(
     return _listed(first, end, jnp.max(lower, axis=3), jnp.min(upper, axis=3), STEP_KV, length_kv, at_end=True)
 
 
-def _tiles_of_keys(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B J 7"]:
-    T = lower.shape[1]
-    from_ = jnp.arange(0, length_kv, TILE)
-    lower, upper, at = lower[:, :, None], upper[:, :, None], jnp.arange(T)[:, None]
-    some = (lower < upper) & (lower < from_ + TILE) & (upper > from_)
-    whole = (lower <= from_) & (upper >= from_ + TILE)
-
-    def first(x):
-        return jnp.min(jnp.where(x, at, T), axis=1)[..., None]
-
-    def end(x):
-        return jnp.max(jnp.where(x, at + 1, 0), axis=1)[..., None]
-
-    return _listed(first(some), end(some), first(whole), end(whole), STEP_Q, T, at_end=False)
+def _tiles_of_keys(lower: Int[Array, "B T"], upper: Int[Array, "B T"], length_kv: int) -> Int[Array, "B J 11"]:
+    """Intervals rise along the row, so that the bounds of a part lie where one value passes another."""
+    B, T = lower.shape
+    from_ = jnp.arange(0, length_kv, PART)
+    # The first query whose upper is larger than x, and the last whose lower is less: turned round, the first, too.
+    turned = jnp.where(lower < upper, length_kv - lower, 0)[:, ::-1]
+    rising = jnp.stack([upper, turned], axis=1).reshape(B, 2, 1, -1, PART)
+    beyond = jnp.concatenate([from_, from_ + PART - 1, length_kv - from_ - PART, length_kv - from_ - 1])
+    beyond = beyond.reshape(2, -1, 1)
+    numbers = jnp.arange(T // PART)
+    part = jnp.min(jnp.where(jnp.max(rising, axis=4) > beyond, numbers, T // PART), axis=3)
+    inside = jnp.take_along_axis(rising, part[..., None, None], axis=3, mode="clip")
+    inside = inside[..., 0, :] > beyond
+    first = jnp.min(jnp.where(inside, part[..., None] * PART + jnp.arange(PART), T), axis=3)
+    first, turned = jnp.moveaxis(first.reshape(B, 2, 2, -1, 2), 1, 0)
+    return _listed(first[:, 0], T - turned[:, 0], first[:, 1], T - turned[:, 1], STEP_Q, T, at_end=False)
 
 
 def _listed(first, end, whole_first, whole_end, size: int, length: int, at_end: bool) -> Int[Array, "B I C"]:

@@ -1,8 +1,9 @@
 """Attention on Hopper GPUs: the backward pass, in two kernels that add nothing up across blocks of threads.
 
 `_dq_kernel` owns tiles of queries as the forward pass does and walks over keys; it makes delta on the way.
-`_dkv_kernel` owns a tile of 128 keys, 64 to a warpgroup, and walks over the queries of all heads that share them. Both
-compute the logits anew, which costs seven products instead of five, and give the same bits every time.
+`_dkv_kernel` owns a tile of 128 keys, 64 to a warpgroup, and walks over the queries of all heads that share them; a
+warpgroup passes over those that only the other needs. Both compute the logits anew, which costs seven products instead
+of five, and give the same bits every time.
 """
 
 import functools
@@ -234,11 +235,11 @@ def _dkv_kernel(
     row, kv_head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
     entry = tiles_ref, row, lax.axis_index("tile")
     tile, start, steps = tile_of(*entry)
-    _, lower_to, upper_from, _ = part_of(*entry, 0)
     start *= ALIGNED
 
     @pl.when(warpgroup < 2)
     def compute():
+        mine = functools.partial(part_of, *entry, warpgroup)  # read at each use: no register is left to hold it
         plgpu.set_max_registers(240, action="increase")
         first_key = tile * TILE + warpgroup * PART
         keys = pl.ds(first_key, PART)
@@ -270,7 +271,7 @@ def _dkv_kernel(
                         upper = plgpu.load(upper_smem.at[slot], layout=BY_COLUMN)
                         return jnp.where(key < stretched(upper, x.shape, 1), seen, 0.0)
 
-                    weights = lax.cond((i < lower_to) | (i >= upper_from), edge, lambda: weights)
+                    weights = lax.cond((i < mine()[1]) | (i >= mine()[2]), edge, lambda: weights)
                     plgpu.wgmma(dv, weights.astype(q_smem.dtype), do_smem.at[slot])
                     delta = plgpu.load(delta_smem.at[slot], layout=BY_COLUMN)
                     d_logits = weights * (
@@ -286,8 +287,18 @@ def _dkv_kernel(
                 plgpu.wgmma_wait(0)
                 Q_DONE.arrive(slot)
 
+            def pass_over(before, i, _):
+                slot = lax.rem(before + i, STAGES_Q)
+                plgpu.barrier_wait(q_here.at[slot])
+                plgpu.barrier_wait(do_here.at[slot])
+                DO_DONE.arrive(slot)
+                Q_DONE.arrive(slot)
+
             def one_head(n, _):
-                lax.fori_loop(0, steps, functools.partial(step, n * steps), None)
+                before = n * tile_of(*entry)[2]
+                lax.fori_loop(0, mine()[0], functools.partial(pass_over, before), None)
+                lax.fori_loop(mine()[0], mine()[3], functools.partial(step, before), None)
+                lax.fori_loop(mine()[3], tile_of(*entry)[2], functools.partial(pass_over, before), None)
 
             lax.fori_loop(0, group, one_head, None)
             return dk[...], dv[...]

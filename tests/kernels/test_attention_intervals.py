@@ -57,7 +57,7 @@ def test_tiles_cover_what_is_visible_once_and_unmasked_steps_see_everything(leng
     tables = (
         (plan.q_tiles, STEP_KV, TILE, PART, see),
         (plan.q_parts, STEP_KV, PART, PART, see),
-        (plan.kv_tiles, STEP_Q, TILE, TILE, see.swapaxes(1, 2)),
+        (plan.kv_tiles, STEP_Q, TILE, PART, see.swapaxes(1, 2)),
     )
     for table, size, tile, part, mask in tables:
         visited, unmasked, fetched = work_of(table, size, whole)

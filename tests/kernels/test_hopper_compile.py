@@ -70,8 +70,9 @@ jax.jit(attend).lower(*operands[:4]).compile()
 jax.jit(attend).lower(*operands).compile()
 """
 
-MOST_SPILLED = {"attention_forward": 0, "attention_dq": 32, "attention_dkv": 28}
-"""Bytes stored to local memory. A few registers of the backward kernels do not fit beside their accumulators."""
+MOST_SPILLED = {"attention_forward": 0, "attention_dq": 60, "attention_dkv": 68}
+"""Bytes stored to local memory, mostly outside the loops. A few registers of the backward kernels do not fit beside
+their accumulators; the form of dk, dv that spills 24 bytes passes over nothing and is 6% slower in a packed row."""
 
 
 needs_jax = pytest.mark.skipif(
