@@ -1,4 +1,4 @@
-"""Two processes on one host (gloo): the multi-host paths of data, training, saving and resuming."""
+"""Two processes, or four, on one host (gloo): the multi-host paths of data, training, saving and resuming."""
 
 import json
 import os
@@ -74,22 +74,24 @@ def test_two_processes_train_save_and_resume_as_one(workspace):
     np.testing.assert_allclose(list(curve(workspace / "moved").values()), list(expected.values()), rtol=2e-5)
 
 
-def test_two_processes_sample_and_reward_as_one(workspace):
+@pytest.mark.parametrize("many", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_sample_and_reward_as_one(workspace, many):
     """The same samples, rewards and updates; each process grades its share and feeds its rows."""
     more = ("train.steps=4", "objective.passes=2", "objective.table=4", "train.eval_every=4", "checkpoint.every=4")
-    for name, processes in (("policy-one", 1), ("policy-two", 2)):
+    names = f"policy-one-for-{many}", f"policy-{many}"
+    for name, processes in zip(names, (1, many)):
         assert finish(start(workspace, name, processes, *more, config="grpo")) == [0] * processes
-    one, two = ((workspace / name / "rollouts.jsonl").read_text() for name in ("policy-one", "policy-two"))
+    one, two = ((workspace / name / "rollouts.jsonl").read_text() for name in names)
     texts = [[json.loads(line)["text"] for line in rows.splitlines()] for rows in (one, two)]
     assert texts[0] == texts[1] and len(texts[0]) == 2 * 4 * 4
     logged = [
         [json.loads(line) for line in (workspace / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("policy-one", "policy-two")
+        for name in names
     ]
     for a, b in zip(*logged, strict=True):
-        names = {"loss", "gradient_norm", "reward", "reward/overlong", "eval/reward", "eval/accuracy"} & a.keys()
-        assert names
-        for name in names:
+        shared = {"loss", "gradient_norm", "reward", "reward/overlong", "eval/reward", "eval/accuracy"} & a.keys()
+        assert shared
+        for name in shared:
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
 
 
