@@ -65,7 +65,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dqjax", "dqjax.*"]) + KERNELS,
     package_dir={"dqjax": "dqjax", "dqjax.kernels": "kernels"},
-    package_data={"dqjax.data": ["templates/*.jinja", "prompts/*.txt"]},
+    package_data={"dqjax.data": ["templates/*.jinja", "prompts/*.txt"], "dqjax.kernels.tuning": ["*.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )
