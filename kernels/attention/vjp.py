@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from dqjax.kernels.attention.intervals import IntervalPlan
 from dqjax.kernels.attention.mask import Tokens, Variant
 from dqjax.kernels.attention.plan import Plan
 
@@ -43,7 +44,7 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     tokens: Tokens,
-    plan: Plan,
+    plan: Plan | IntervalPlan,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Output and lse by `kernel.forward`, differentiated by `kernel.backward`.
 
