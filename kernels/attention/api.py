@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dqjax.kernels.attention.cudnn import cudnn_attention, why_not_cudnn
 from dqjax.kernels.attention.intervals import IntervalPlan, build_intervals, check_order
 from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
-from dqjax.kernels.attention.mosaic_gpu import is_hopper, why_not_mosaic_gpu
+from dqjax.kernels.attention.mosaic_gpu import why_not_mosaic_gpu
 from dqjax.kernels.attention.mosaic_gpu_backward import MOSAIC_GPU
 from dqjax.kernels.attention.plan import Plan, build_plan
 from dqjax.kernels.attention.reference import reference_attention
@@ -19,6 +19,7 @@ from dqjax.kernels.attention.shapes import check_shapes, check_variant, complete
 from dqjax.kernels.attention.tpu_backward import TPU
 from dqjax.kernels.attention.vjp import Kernel, attend
 from dqjax.kernels.attention.xla import XLA
+from dqjax.kernels.hopper import is_hopper
 from dqjax.kernels.tuning.lookup import Problem, chosen
 from dqjax.kernels.varying import vary, varying_axes
 

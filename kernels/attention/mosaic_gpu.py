@@ -10,7 +10,7 @@ the other needs.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +21,11 @@ from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.attention.intervals import ALIGNED, OUT_OF_ORDER, PART, STEP_KV, TILE, IntervalPlan
 from dqjax.kernels.attention.mask import MASKED, Tokens, Variant
+from dqjax.kernels.hopper import BY_ROW, LOG2E, PARAMS, SMS, TRANSFORMS, WGMMA, Handover, stretched, too_old
 from dqjax.kernels.varying import typed_shape, varying_axes
-
-LOG2E = math.log2(math.e)
-SMS = 132
-"""Multiprocessors of an H100 or H200; on a chip with fewer, some blocks of threads wait for a place."""
 
 STAGES = 2
 """Blocks of keys and values on their way or in use."""
-
-PARAMS = plgpu.CompilerParams(approx_math=True)
-WGMMA = plgpu.Layout.WGMMA
-BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
 
 @functools.partial(jax.jit, static_argnames="variant")  # layers share what is traced and lowered
 def forward(
@@ -154,16 +145,6 @@ def why_not_mosaic_gpu(dtype: jax.typing.DTypeLike, head_size: int, scale: float
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def too_old() -> bool:
-    """Whether this jax is older than the dialect the kernels are written in."""
-    return jax.__version_info__ < (0, 11, 2)
-
-
-def is_hopper(device: Any) -> bool:
-    """Whether these kernels run on a device."""
-    return getattr(device, "compute_capability", None) == "9.0"
-
-
 def whole_tiles(x: Float[Array, "B T ..."]) -> Float[Array, "B T2 ..."]:
     """Lengthens the rows with zeros to whole tiles."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % TILE)] + [(0, 0)] * (x.ndim - 2))
@@ -198,11 +179,6 @@ def over_steps(step, lower, upper, part, carry):
     return carry
 
 
-def stretched(x, shape, dimension):
-    """A vector along `dimension` of a tile."""
-    return lax.broadcast_in_dim(x, shape, [dimension])
-
-
 def columns_seen(shape, first_column, lower, upper):
     """Where lower <= column < upper, with columns counted from `first_column` and bounds by row; None is no bound."""
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA) + first_column
@@ -224,33 +200,6 @@ def bent_products(products, variant: Variant):
         return products, variant.scale * LOG2E, None
     bent = jnp.tanh(products * (variant.scale / variant.softcap))
     return bent, variant.softcap * LOG2E, 1 - bent * bent
-
-
-class Handover(NamedTuple):
-    """Named barriers of the block of threads, on which a warp arrives at once (an mbarrier takes every thread apart).
-
-    The dialect uses the numbers below 4 itself.
-    """
-
-    first: int
-    threads: int
-
-    def arrive(self, index=0):
-        _bar("arrive", self.first + index, self.threads)
-
-    def wait(self, index=0):
-        """Arrives, too: nobody passes before `threads` of them have."""
-        _bar("sync", self.first + index, self.threads)
-
-
-def _bar(operation: str, number, threads: int):
-    from jax.experimental.mosaic.gpu.utils import inline_ptx  # new in jax 0.11
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def bar(_, number):
-        inline_ptx(f"bar.{operation} $0, {threads};", number.registers[()])
-
-    bar(jnp.int32(number))
 
 
 TURN = Handover(4, 256)

@@ -9,34 +9,26 @@ of five, and give the same bits every time.
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from dqjax.kernels.attention import mosaic_gpu
 from dqjax.kernels.attention.intervals import ALIGNED, PART, STEP_KV, STEP_Q, TILE, IntervalPlan
 from dqjax.kernels.attention.mask import Tokens, Variant
 from dqjax.kernels.attention.mosaic_gpu import (
-    BY_COLUMN,
-    BY_ROW,
-    LOG2E,
-    TRANSFORMS,
-    WGMMA,
-    Handover,
     Share,
     bent_products,
     columns_seen,
     forward,
     over_steps,
     part_of,
-    stretched,
     tile_of,
     whole_tiles,
 )
 from dqjax.kernels.attention.vjp import Kernel
+from dqjax.kernels.hopper import BY_COLUMN, BY_ROW, LOG2E, PARAMS, TRANSFORMS, WGMMA, Handover, stretched
 from dqjax.kernels.varying import typed_shape, varying_axes
 
 STAGES_KV, STAGES_Q = 2, 4
@@ -90,7 +82,7 @@ def _dq(arrays, plan, variant):
         grid_names=("head", "tile", "row"),
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=mosaic_gpu.PARAMS,
+        compiler_params=PARAMS,
         kernel_name="attention_dq",
     )(*arrays, share.tiles(plan))
 
@@ -219,7 +211,7 @@ def _dkv(arrays, tiles, variant):
         grid_names=("tile", "head", "row"),
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=mosaic_gpu.PARAMS,
+        compiler_params=PARAMS,
         kernel_name="attention_dkv",
     )(*arrays, tiles)
 

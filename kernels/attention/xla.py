@@ -4,7 +4,6 @@ Loops run over query blocks and, inside, over the key blocks that the plan gives
 range is the union of theirs. The backward pass adds to dK and dV in float32 as it goes.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.attention.mask import Variant
-from dqjax.kernels.attention.mosaic_gpu import is_hopper
 from dqjax.kernels.decode_attention.mosaic_gpu import mosaic_gpu_decode_attention, why_not_mosaic_gpu
 from dqjax.kernels.decode_attention.reference import reference_decode_attention
 from dqjax.kernels.decode_attention.tpu import tpu_decode_attention
 from dqjax.kernels.decode_attention.xla import xla_decode_attention
+from dqjax.kernels.hopper import is_hopper
 
 log = logging.getLogger(__name__)
 

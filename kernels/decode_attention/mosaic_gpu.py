@@ -23,18 +23,8 @@ from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Float, Int
 
 from dqjax.kernels.attention.mask import MASKED, Variant
-from dqjax.kernels.attention.mosaic_gpu import (
-    BY_ROW,
-    LOG2E,
-    PARAMS,
-    SMS,
-    TRANSFORMS,
-    WGMMA,
-    Handover,
-    bent_products,
-    stretched,
-    too_old,
-)
+from dqjax.kernels.attention.mosaic_gpu import bent_products
+from dqjax.kernels.hopper import BY_ROW, LOG2E, PARAMS, SMS, TRANSFORMS, WGMMA, Handover, stretched, too_old
 from dqjax.kernels.tuning.lookup import Problem, chosen
 from dqjax.kernels.varying import typed_shape, varying_axes
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dqjax.kernels.attention.mosaic_gpu import is_hopper
+from dqjax.kernels.hopper import is_hopper
 from dqjax.kernels.linear_logprob import (
     mosaic_gpu_divergence,
     mosaic_gpu_logprob,

@@ -20,17 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from dqjax.kernels.attention.mosaic_gpu import (
-    BY_ROW,
-    LOG2E,
-    PARAMS,
-    SMS,
-    TRANSFORMS,
-    WGMMA,
-    Handover,
-    stretched,
-    too_old,
-)
+from dqjax.kernels.hopper import BY_ROW, LOG2E, PARAMS, SMS, TRANSFORMS, WGMMA, Handover, stretched, too_old
 from dqjax.kernels.linear_logprob.head import MASKED
 from dqjax.kernels.varying import typed_shape, varying_axes
 
