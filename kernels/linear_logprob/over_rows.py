@@ -115,10 +115,12 @@ def _gradients(grade, backend, objective, head, x, w, weight, rows, table):
     def more(carry, x, weight, rows):
         total, dw = carry
         total, (aux, d_logits) = _over_chunks(some, total, parts, x, weight, rows)
-        dx = jnp.einsum("CMV,VD->CMD", d_logits, w, preferred_element_type=wide).astype(x.dtype)
-        in_order = jnp.moveaxis(_split(x, parts), 1, 0)
-        dw += jnp.einsum("CMV,CMD->VD", d_logits, in_order, preferred_element_type=wide)
-        return (total, dw), _joined((aux, dx), len(x))
+        in_order, C = jnp.moveaxis(_split(x, parts), 1, 0), "C"
+        if parts == 1:  # not to multiply in another order for an axis that is none
+            in_order, d_logits, C = in_order[0], d_logits[0], ""
+        dx = jnp.einsum(f"{C}MV,VD->{C}MD", d_logits, w, preferred_element_type=wide).astype(x.dtype)
+        dw += jnp.einsum(f"{C}MV,{C}MD->VD", d_logits, in_order, preferred_element_type=wide)
+        return (total, dw), _joined((aux, dx.reshape(parts, -1, dx.shape[-1])), len(x))
 
     start = _no_loss(head, x), vary(jnp.zeros(w.shape, wide), varying_axes(x))
     (total, dw), results = _over_chunks(more, start, whole, x, weight, rows)
